@@ -1,0 +1,147 @@
+// The arithmetic of the cells, forward and backward, shared by csrc/cpu and csrc/cuda.
+//
+// A CPU source is compiled once per instruction set, each time inside its own namespace (RECATTN_ISA), so that the
+// linker cannot hand AVX-512 code to a machine without it. Everything here lives in that namespace for the same reason.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifndef RECATTN_ISA
+#define RECATTN_ISA isa_device
+#endif
+
+#ifdef __CUDACC__
+#define RECATTN_FN __host__ __device__ __forceinline__
+#else
+#define RECATTN_FN inline __attribute__((always_inline))
+#endif
+
+namespace recattn {
+
+// The order is that of ACTIVATIONS in recattn_kernels/ops/indrnn/contract.py.
+enum class Activation : int { relu, tanh, sigmoid, identity, leaky_relu, relu6, hardtanh };
+
+namespace RECATTN_ISA {
+
+RECATTN_FN float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+RECATTN_FN uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// exp(x) to about 1 ulp on [-87, 88.3], infinity above, at least 1e-38 below: enough for sigmoid and tanh, and written
+// without a branch or a libm call so that a loop over it vectorises. NaN stays NaN.
+RECATTN_FN float exp_(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  x = x > 89.0f ? 89.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  // x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 rounds to an integer, held in the low bits of the sum.
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  float p = 1.0f / 5040.0f;  // Taylor's series: its next term is below 6e-9 on this interval
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) + 127u) << 23);  // times 2^n
+#endif
+}
+
+RECATTN_FN double exp_(double x) { return ::exp(x); }
+
+RECATTN_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+RECATTN_FN double sigmoid(double x) { return 1.0 / (1.0 + exp_(-x)); }
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1) cancels near 0: there, the odd series x - x^3/3 + 2x^5/15 - ... takes over.
+RECATTN_FN float tanh_(float x) {
+#ifdef __CUDA_ARCH__
+  return ::tanhf(x);
+#else
+  const float a = x < 0.0f ? -x : x;
+  const float far = 1.0f - 2.0f / (exp_(2.0f * a) + 1.0f);
+  const float s = x * x;
+  float p = -1382.0f / 155925.0f;
+  p = p * s + 62.0f / 2835.0f;
+  p = p * s + -17.0f / 315.0f;
+  p = p * s + 2.0f / 15.0f;
+  p = p * s + -1.0f / 3.0f;
+  const float near = x + x * s * p;
+  return a < 0.35f ? near : (x < 0.0f ? -far : far);
+#endif
+}
+
+RECATTN_FN double tanh_(double x) { return ::tanh(x); }
+
+// h = act(v). Comparisons are written so that NaN passes through every one of them, as in torch.
+template <Activation A, class R>
+RECATTN_FN R activate(R v, R slope) {
+  if constexpr (A == Activation::relu) return v <= R(0) ? R(0) : v;
+  if constexpr (A == Activation::tanh) return tanh_(v);
+  if constexpr (A == Activation::sigmoid) return sigmoid(v);
+  if constexpr (A == Activation::leaky_relu) return v > R(0) ? v : v * slope;
+  if constexpr (A == Activation::relu6) {
+    const R low = v <= R(0) ? R(0) : v;
+    return low >= R(6) ? R(6) : low;
+  }
+  if constexpr (A == Activation::hardtanh) {
+    const R low = v <= R(-1) ? R(-1) : v;
+    return low >= R(1) ? R(1) : low;
+  }
+  return v;  // identity
+}
+
+// act'(v) from h = act(v) alone, so that the pre-activation need not be kept.
+template <Activation A, class R>
+RECATTN_FN R derivative(R h, R slope) {
+  if constexpr (A == Activation::relu) return h <= R(0) ? R(0) : R(1);
+  if constexpr (A == Activation::tanh) return R(1) - h * h;
+  if constexpr (A == Activation::sigmoid) return h * (R(1) - h);
+  if constexpr (A == Activation::leaky_relu) return h > R(0) ? R(1) : slope;
+  // Two selects, not one on (a || b), which compilers turn into a branch and then do not vectorise.
+  if constexpr (A == Activation::relu6) return h <= R(0) ? R(0) : (h >= R(6) ? R(0) : R(1));
+  if constexpr (A == Activation::hardtanh) return h <= R(-1) ? R(0) : (h >= R(1) ? R(0) : R(1));
+  return R(1);  // identity
+}
+
+// What a 16-bit type S stores for h. Rounding may not carry h onto a bound of the activation: the derivative, which is
+// read off the stored value, would then be 0 where it is 1. S::below(bound) is S's neighbour of bound towards 0.
+template <Activation A, class S, class R>
+RECATTN_FN R keep_inside(R h) {
+  if constexpr (A == Activation::relu || A == Activation::leaky_relu || A == Activation::relu6) {
+    const R least = S::smallest();
+    h = h > R(0) ? (h < least ? least : h) : h;
+  }
+  if constexpr (A == Activation::relu6 || A == Activation::hardtanh) {
+    const R bound = A == Activation::relu6 ? R(6) : R(1), inner = S::below(bound);
+    h = h < bound ? (h > inner ? inner : h) : h;
+  }
+  if constexpr (A == Activation::hardtanh) {
+    const R inner = -S::below(R(1));
+    h = h > R(-1) ? (h < inner ? inner : h) : h;
+  }
+  return h;
+}
+
+// max(min(v, limit), -limit), NaN kept; a limit of infinity changes nothing.
+template <class R>
+RECATTN_FN R clamp_symmetric(R v, R limit) {
+  v = v > limit ? limit : v;
+  return v < -limit ? -limit : v;
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn

@@ -1,0 +1,224 @@
+// IndRNN (Li et al., 2018) on the CPU: h[t] = act(x[t] + bias + weight_hh * h[t-1]), one pass over memory each way.
+//
+// Columns (b, h) are independent. A task is a tile of columns small enough that its state stays in the first-level
+// cache; it walks over time, so x and output stream through once. Tiles go to threads, columns to vector lanes.
+#include "kernels.h"
+#include "numeric.h"
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+constexpr int64_t TILE = 4096;  // columns; with float32 a state of 16 KiB
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of the batch and a range of the hidden dimension.
+struct Tile {
+  int64_t b0, b1, h0, width;
+};
+
+// Cuts (B, H) into tiles of at most TILE columns, smaller where that leaves a thread without work. Cuts along H fall on
+// multiples of 64 elements: a cache line belongs to one thread.
+struct Tiling {
+  int64_t B, H, rows = 1, width = 1, across = 0;
+  explicit Tiling(const Indrnn& p) : B(p.B), H(p.H) {
+    if (B * H == 0) return;
+    const int64_t columns = least(TILE, ceil_div(B * H, p.threads));
+    rows = columns > H ? columns / H : 1;
+    width = rows > 1 ? H : least(H, ceil_div(columns, 64) * 64);
+    across = ceil_div(H, width);
+  }
+  int64_t count() const { return ceil_div(B, rows) * across; }
+  Tile operator[](int64_t i) const {
+    const int64_t b = i / across * rows, h = i % across * width;
+    return {b, least(B, b + rows), h, least(width, H - h)};
+  }
+};
+
+template <class S>
+S* row(const Sequence& s, int64_t t, int64_t b, int64_t h) {
+  return s.data ? static_cast<S*>(s.data) + t * s.stride_t + b * s.stride_b + h : nullptr;
+}
+
+inline bool ended(const Indrnn& p, int64_t t, int64_t b) { return p.lengths && t >= p.lengths[b]; }
+
+inline bool resets(const Indrnn& p, int64_t t, int64_t b) {
+  return p.reset && p.reset[t * p.reset_stride_t + b * p.reset_stride_b];
+}
+
+template <class R>
+void copy_or_zero(R* __restrict to, const void* from, int64_t offset, int64_t n) {
+  if (from) {
+    memcpy(to, static_cast<const R*>(from) + offset, n * sizeof(R));
+  } else {
+    memset(to, 0, n * sizeof(R));
+  }
+}
+
+// One step of one row: h = act(x + bias + u * h).
+template <Activation A, bool BIAS, class S, class R>
+void forward_row(const S* __restrict x, S* __restrict out, R* __restrict h, const R* __restrict u,
+                 const R* __restrict bias, R slope, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    R v = load(x[i]);
+    if constexpr (BIAS) v += bias[i];
+    v = activate<A>(v + u[i] * h[i], slope);
+    h[i] = v;
+    store_state<A>(out + i, v);
+  }
+}
+
+template <Activation A, bool BIAS, class S>
+void forward_tile(const IndrnnForward& p, Tile tile) {
+  using R = typename Compute<S>::type;
+  const R* u = static_cast<const R*>(p.weight_hh) + tile.h0;
+  const R* bias = BIAS ? static_cast<const R*>(p.bias) + tile.h0 : nullptr;
+  const auto state = [&](int64_t b) { return static_cast<R*>(p.h_n) + b * p.H + tile.h0; };
+  for (int64_t b = tile.b0; b < tile.b1; ++b) copy_or_zero(state(b), p.h0, b * p.H + tile.h0, tile.width);
+  for (int64_t step = 0; step < p.T; ++step) {
+    const int64_t t = p.reverse ? p.T - 1 - step : step;
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
+      S* out = row<S>(p.output, t, b, tile.h0);
+      if (ended(p, t, b)) {
+        memset(static_cast<void*>(out), 0, tile.width * sizeof(S));
+        continue;
+      }
+      R* h = state(b);
+      if (resets(p, t, b)) memset(h, 0, tile.width * sizeof(R));
+      forward_row<A, BIAS>(row<S>(p.x, t, b, tile.h0), out, h, u, bias, R(p.negative_slope), tile.width);
+    }
+  }
+}
+
+// One step of one row, with prev = h[t-1] and flow = dL/dh[t] from later steps:
+// g = clip(dy + flow) * act'(h);  dx = g;  du += g * prev;  db += g;  flow = u * g.
+template <Activation A, bool DY, class S, class P, class R>
+void backward_row(const S* __restrict dy, const S* __restrict h, const P* __restrict prev, S* __restrict dx,
+                  R* __restrict flow, R* __restrict du, R* __restrict db, const R* __restrict u, R clip, R slope,
+                  int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    R g = flow[i];
+    if constexpr (DY) g += load(dy[i]);
+    g = clamp_symmetric(g, clip) * derivative<A>(R(load(h[i])), slope);
+    store(dx + i, g);
+    if (prev) du[i] += g * load(prev[i]);
+    db[i] += g;
+    flow[i] = u[i] * g;
+  }
+}
+
+template <Activation A, bool DY, class S>
+void backward_tile(const IndrnnBackward& p, Tile tile) {
+  using R = typename Compute<S>::type;
+  const R* u = static_cast<const R*>(p.weight_hh) + tile.h0;
+  const R clip = R(p.grad_clip), slope = R(p.negative_slope);
+  const auto columns = [&](void* data, int64_t b) { return static_cast<R*>(data) + b * p.H + tile.h0; };
+  R* du_all = static_cast<R*>(p.grad_columns);
+  R* db_all = du_all + p.B * p.H;
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    copy_or_zero(columns(p.grad_h0, b), p.grad_h_n, b * p.H + tile.h0, tile.width);
+    memset(columns(du_all, b), 0, tile.width * sizeof(R));
+    memset(columns(db_all, b), 0, tile.width * sizeof(R));
+  }
+  const int64_t back = p.reverse ? 1 : -1;  // where the step taken before lies
+  for (int64_t step = 0; step < p.T; ++step) {
+    const int64_t t = p.reverse ? step : p.T - 1 - step;
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
+      S* dx = row<S>(p.grad_x, t, b, tile.h0);
+      if (ended(p, t, b)) {
+        memset(static_cast<void*>(dx), 0, tile.width * sizeof(S));
+        continue;
+      }
+      const S* dy = row<S>(p.grad_output, t, b, tile.h0);
+      const S* h = row<S>(p.output, t, b, tile.h0);
+      R *flow = columns(p.grad_h0, b), *du = columns(du_all, b), *db = columns(db_all, b);
+      const bool fresh = resets(p, t, b);
+      const int64_t before = t + back;
+      if (!fresh && before >= 0 && before < p.T && !ended(p, before, b)) {
+        const S* prev = row<S>(p.output, before, b, tile.h0);
+        backward_row<A, DY>(dy, h, prev, dx, flow, du, db, u, clip, slope, tile.width);
+      } else {
+        const R* prev = !fresh && p.h0 ? static_cast<const R*>(p.h0) + b * p.H + tile.h0 : nullptr;
+        backward_row<A, DY>(dy, h, prev, dx, flow, du, db, u, clip, slope, tile.width);
+      }
+      if (fresh) memset(flow, 0, tile.width * sizeof(R));
+    }
+  }
+}
+
+// Sums the rows' weight gradients in the order of the batch, whatever the number of threads.
+template <class R>
+void reduce_rows(const IndrnnBackward& p) {
+  for (int which = 0; which < 2; ++which) {
+    const R* columns = static_cast<const R*>(p.grad_columns) + which * p.B * p.H;
+    R* to = static_cast<R*>(which ? p.grad_bias : p.grad_weight_hh);
+#pragma omp parallel for num_threads(p.threads) if (p.B * p.H > 65536)
+    for (int64_t h0 = 0; h0 < p.H; h0 += 256) {
+      const int64_t n = least(256, p.H - h0);
+      memset(to + h0, 0, n * sizeof(R));
+      for (int64_t b = 0; b < p.B; ++b) {
+        for (int64_t i = 0; i < n; ++i) to[h0 + i] += columns[b * p.H + h0 + i];
+      }
+    }
+  }
+}
+
+// Below this many elements a thread costs more than it brings.
+inline int threads_for(const Indrnn& p) { return p.T * p.B * p.H < 16384 ? 1 : p.threads; }
+
+template <Activation A, class S>
+void forward(const IndrnnForward& p) {
+  const Tiling tiling(p);
+#pragma omp parallel for schedule(static) num_threads(threads_for(p))
+  for (int64_t i = 0; i < tiling.count(); ++i) {
+    p.bias ? forward_tile<A, true, S>(p, tiling[i]) : forward_tile<A, false, S>(p, tiling[i]);
+  }
+}
+
+template <Activation A, class S>
+void backward(const IndrnnBackward& p) {
+  const Tiling tiling(p);
+#pragma omp parallel for schedule(static) num_threads(threads_for(p))
+  for (int64_t i = 0; i < tiling.count(); ++i) {
+    p.grad_output.data ? backward_tile<A, true, S>(p, tiling[i]) : backward_tile<A, false, S>(p, tiling[i]);
+  }
+  reduce_rows<typename Compute<S>::type>(p);
+}
+
+template <class S, class F>
+void by_activation(Activation a, F f) {
+  switch (a) {
+    case Activation::relu: return f.template operator()<Activation::relu, S>();
+    case Activation::tanh: return f.template operator()<Activation::tanh, S>();
+    case Activation::sigmoid: return f.template operator()<Activation::sigmoid, S>();
+    case Activation::identity: return f.template operator()<Activation::identity, S>();
+    case Activation::leaky_relu: return f.template operator()<Activation::leaky_relu, S>();
+    case Activation::relu6: return f.template operator()<Activation::relu6, S>();
+    case Activation::hardtanh: return f.template operator()<Activation::hardtanh, S>();
+  }
+}
+
+template <class F>
+void by_dtype(const Indrnn& p, F f) {
+  switch (p.dtype) {
+    case Dtype::float32: return by_activation<float>(p.activation, f);
+    case Dtype::float64: return by_activation<double>(p.activation, f);
+    case Dtype::bfloat16: return by_activation<BFloat16>(p.activation, f);
+    case Dtype::float16: return by_activation<Float16>(p.activation, f);
+  }
+}
+
+}  // namespace
+
+void indrnn_forward(const IndrnnForward& p) {
+  by_dtype(p, [&]<Activation A, class S>() { forward<A, S>(p); });
+}
+
+void indrnn_backward(const IndrnnBackward& p) {
+  by_dtype(p, [&]<Activation A, class S>() { backward<A, S>(p); });
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn

@@ -1,0 +1,210 @@
+"""Which backend runs a call: the only place that decides, and the only reader of RECATTN_BACKEND.
+
+A backend of an op is a module recattn_kernels.ops.<op>.<backend> with `refusal(call) -> str | None`, and the kernels.
+It refuses a call with a reason, in words. An explicitly asked backend that refuses raises BackendUnavailableError;
+`auto` takes the first of the op's AUTO order that does not refuse, and `reference` when all do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMES = ("auto", "reference", "vendor", "cpp", "triton", "cuda")
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run this call on this machine; the message says why."""
+
+
+def _checked(name: Any, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    return str(name)
+
+
+# A module global, not a ContextVar: a compiled graph guards on it, where a ContextVar would break the graph.
+_current = _checked(os.environ.get("RECATTN_BACKEND") or "auto", "RECATTN_BACKEND")
+
+
+class use_backend:
+    """Context manager: calls inside that name no backend themselves run on this one.
+
+    with recattn_kernels.use_backend("reference"):
+        output, h_n = recattn_kernels.indrnn(x, weight_hh)
+
+    Raises ValueError for a name that is not a backend. The setting is global to the process, not to a thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "use_backend: name")
+
+    def __enter__(self) -> None:
+        global _current
+        self.previous = _current
+        _current = self.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self.previous
+
+
+def requested(op: str, name: str | None) -> str:
+    """The backend that a call asks for: its argument, else use_backend's, else RECATTN_BACKEND's, else auto."""
+    if name is None:
+        return _current
+    if name not in NAMES:
+        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def under_transform() -> bool:
+    """True under vmap, jvp, func.grad and the like, or forward-mode AD: only the reference can follow there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def runs_reference(op: str, name: str, x: Tensor) -> bool:
+    """True where a call is plain PyTorch from the start, and no registered op is involved."""
+    if name == "reference":
+        return True
+    if under_transform():
+        if name == "auto":
+            return True
+        raise BackendUnavailableError(
+            f"{op}: backend {name!r} cannot run under a functorch transform or forward-mode AD; "
+            "use backend='reference', which auto does by itself"
+        )
+    return name == "auto" and x.device.type not in ("cpu", "cuda", "meta")
+
+
+# Machine
+
+
+@functools.cache
+def extension(name: str) -> ModuleType | str:
+    """A compiled module of this package ("_cpu", "_cuda"), or the reason why there is none."""
+    try:
+        return importlib.import_module(f"recattn_kernels.{name}")
+    except ImportError as error:
+        if importlib.util.find_spec(f"recattn_kernels.{name}") is not None:
+            return f"the extension {name} does not load: {error}"
+    try:
+        info = importlib.import_module("recattn_kernels._build_info")
+    except ImportError:
+        return f"the extension {name} has not been built"
+    return str(getattr(info, name.strip("_").upper()) or f"the extension {name} is missing, though it was built")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return triton_missing() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def machine_refusal(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on tensors of this kind of device on this machine, whatever the op."""
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"it runs on the CPU, x is on {device_type}"
+        loaded = extension("_cpu")
+        return loaded if isinstance(loaded, str) else None
+    if backend == "triton":
+        if (missing := triton_missing()) is not None:
+            return missing
+        if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+            return None
+        return f"it runs on a GPU, x is on {device_type}"
+    if backend == "cuda":
+        if device_type != "cuda":
+            return f"it runs on an NVIDIA GPU, x is on {device_type}"
+        if torch.version.hip is not None:
+            return "it runs on an NVIDIA GPU, this torch is built for ROCm"
+        loaded = extension("_cuda")
+        return loaded if isinstance(loaded, str) else None
+    if backend == "vendor":
+        return "torch's own kernels run a whole layer: they are a backend of the layers, not of the ops"
+    return None
+
+
+# Op
+
+
+@functools.cache
+def load(op: str, backend: str) -> Any:
+    """The module of an op's backend."""
+    return importlib.import_module(f"recattn_kernels.ops.{op}.{backend}")
+
+
+def refusal(op: str, backend: str, call: Any) -> str | None:
+    """Why this backend cannot run this call; None: it can."""
+    contract = load(op, "contract")
+    if backend == "reference":
+        return None
+    if backend != "vendor" and backend not in contract.AUTO:
+        return "this op has no such backend"
+    reason = machine_refusal(backend, call.x.device.type)
+    return reason if reason is not None else load(op, backend).refusal(call)
+
+
+def choose(op: str, name: str, call: Any) -> Any:
+    """The module that runs this call; None for the reference."""
+    if name == "reference":
+        return None
+    if name != "auto":
+        reason = refusal(op, name, call)
+        if reason is not None:
+            raise BackendUnavailableError(f"{op}: backend {name!r} cannot run this call: {reason}")
+        return load(op, name)
+    for backend in load(op, "contract").AUTO:
+        if refusal(op, backend, call) is None:
+            return load(op, backend)
+    if call.x.device.type == "cuda":
+        reasons = {backend: refusal(op, backend, call) for backend in load(op, "contract").AUTO}
+        _warn_once(f"{op}: no fused backend runs this call on the GPU, so the slow reference does: {reasons}")
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Which backends can run a call, and why the others cannot.
+
+    Takes an op's name and then what its function takes:
+
+        >>> recattn_kernels.explain("indrnn", x, weight_hh)
+        {'reference': None, 'cpp': None, 'triton': 'it runs on a GPU, x is on cpu', ...}
+
+    Returns {backend: reason or None}, a line for every named backend. Raises what the op itself would raise for
+    arguments that no backend takes, and ValueError for an unknown op.
+    """
+    registry = importlib.import_module("recattn_kernels.registry")
+    names = [spec.name for spec in registry.OPS]
+    if op not in names:
+        raise ValueError(f"explain: op must be one of {', '.join(names)}, got {op!r}")
+    kwargs.pop("backend", None)
+    call = load(op, "api").normalise(*args, **kwargs)
+    return {backend: refusal(op, backend, call) for backend in NAMES if backend != "auto"}

@@ -1,0 +1,106 @@
+"""The wording of every complaint about an argument: the op, the argument, what was expected, what came.
+
+    indrnn: weight_hh must be (H,) = (64,), got (32,)
+
+A wrong type or dtype is a TypeError, everything else a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def _dtypes(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def rank(op: str, name: str, value: Tensor, symbols: str) -> None:
+    """symbols names the dimensions, as in "(T, B, H)"."""
+    n = symbols.count(",") + (not symbols.endswith(",)"))
+    if value.dim() != n:
+        raise ValueError(f"{op}: {name} must be {symbols}, got {tuple(value.shape)}")
+
+
+def shape(op: str, name: str, value: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{op}: {name} must be {symbols} = {expected}, got {tuple(value.shape)}")
+
+
+def dtype(op: str, name: str, value: Tensor, expected: Sequence[torch.dtype]) -> None:
+    if value.dtype not in expected:
+        raise TypeError(f"{op}: {name} must be {_dtypes(expected)}, got {_dtypes([value.dtype])}")
+
+
+def device(op: str, name: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as {other} is, got {value.device}")
+
+
+def parameter(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor) -> None:
+    """A weight, bias or state beside x: x's dtype, or float32 beside a 16-bit x (which is what autocast gives)."""
+    tensor(op, name, value)
+    shape(op, name, value, symbols, expected)
+    dtype(op, name, value, (x.dtype, torch.float32) if x.dtype in SIXTEEN_BIT else (x.dtype,))
+    device(op, name, value, "x", x)
+
+
+def choice(op: str, name: str, value: Any, options: Collection[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(options)}, got {value!r}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+
+
+def positive(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not value > 0 or math.isnan(value):
+        raise ValueError(f"{op}: {name} must be positive, got {value!r}")
+
+
+def number(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"{op}: {name} must not be NaN")
+
+
+def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
+    """Lengths as an int64 tensor (B,). A list or a CPU tensor is checked; a CUDA tensor is not read by the host."""
+    if isinstance(value, (list, tuple)):
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
+        value = torch.tensor(value, dtype=torch.int64)
+    tensor(op, "lengths", value)
+    dtype(op, "lengths", value, (torch.int64,))
+    shape(op, "lengths", value, "(B,)", (batch,))
+    if value.device.type not in ("cpu", "meta"):
+        device(op, "lengths", value, "x", x)
+    elif not torch.compiler.is_compiling():
+        length_values(op, value, steps)
+    return value
+
+
+def length_values(op: str, value: Tensor, steps: int) -> None:
+    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch._C._functorch.maybe_get_level(value) != -1:
+        return
+    low, high = (int(v) for v in torch.aminmax(value))
+    if low < 0 or high > steps:
+        raise ValueError(f"{op}: lengths must lie in [0, T] = [0, {steps}], got {low if low < 0 else high}")

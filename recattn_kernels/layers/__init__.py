@@ -1,0 +1,1 @@
+"""torch.nn.Module layers on top of the ops."""

@@ -1,0 +1,83 @@
+"""IndRNN on the CPU: hands pointers and strides to csrc/cpu/indrnn.cpp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import backends
+from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
+from recattn_kernels.ops.indrnn.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order of csrc/cpu/kernels.h's enum Dtype
+ABSENT = (0, 0, 0)
+
+
+def refusal(call: Call) -> str | None:
+    if call.activation == "leaky_relu" and call.negative_slope < 0:
+        return "a negative negative_slope hides the sign that the backward reads off the output"
+    return None
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype).contiguous()
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def strided(x: Tensor | None, time: int) -> tuple[int, int, int]:
+    """Pointer, stride over time and stride over the batch."""
+    return ABSENT if x is None else (x.data_ptr(), x.stride(time), x.stride(1 - time))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    dtype, time = compute_dtype(call.x.dtype), call.time
+    x, weight_hh = contiguous_rows(call.x), plain(call.weight_hh, dtype)
+    h0, bias, lengths = plain(call.h0, dtype), plain(call.bias, dtype), plain(call.lengths, torch.int64)
+    output, h_n = empty_forward(call)
+    state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
+    _cpu().indrnn_forward(
+        call.sizes, DTYPES.index(x.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
+        pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
+        torch.get_num_threads(), pointer(bias), strided(x, time), strided(output, time), pointer(state),
+    )  # fmt: skip
+    return output, h_n if state is h_n else h_n.copy_(state)
+
+
+def backward(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, time = compute_dtype(call.x.dtype), call.time
+    _, B, H = call.sizes
+    output, weight_hh = contiguous_rows(call.x), plain(call.weight_hh, dtype)
+    dy = None if grad_output is None else contiguous_rows(grad_output)
+    h0, dh_n, lengths = plain(call.h0, dtype), plain(grad_h_n, dtype), plain(call.lengths, torch.int64)
+    dx = output.new_empty(output.shape)
+    columns = output.new_empty((2, B, H), dtype=dtype)  # scratch
+    dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
+    _cpu().indrnn_backward(
+        call.sizes, DTYPES.index(output.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
+        pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
+        torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip, strided(dy, time), strided(output, time), pointer(dh_n),
+        strided(dx, time), pointer(dh0), pointer(columns), pointer(du), pointer(db),
+    )  # fmt: skip
+    return (
+        dx,
+        du.to(call.weight_hh.dtype),
+        dx.new_empty(0) if call.h0 is None else dh0.to(call.h0.dtype),
+        dx.new_empty(0) if call.bias is None else db.to(call.bias.dtype),
+    )
+
+
+def _cpu() -> Any:
+    return backends.extension("_cpu")

@@ -1,0 +1,193 @@
+"""IndRNN in plain PyTorch: the definition that every other backend is tested against.
+
+    h[t] = act(x[t] + bias + weight_hh * h[t-1])            (Li et al., 2018, eq. 2; * is elementwise)
+
+Works on any device and floating dtype, to any order of derivative, under vmap and forward-mode AD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def clamp(v: Tensor, low: float, high: float) -> Tensor:
+    """hardtanh whose gradient at NaN is 1 everywhere: torch's own differs between its vector, scalar and CUDA loops."""
+    return torch.where(v <= low, low, torch.where(v >= high, high, v))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda v, slope: F.relu(v),
+    "tanh": lambda v, slope: torch.tanh(v),
+    "sigmoid": lambda v, slope: torch.sigmoid(v),
+    "identity": lambda v, slope: v,
+    "leaky_relu": lambda v, slope: F.leaky_relu(v, slope),
+    "relu6": lambda v, slope: clamp(v, 0.0, 6.0),
+    "hardtanh": lambda v, slope: clamp(v, -1.0, 1.0),
+}
+
+# act'(v) from h = act(v). At a kink, and for NaN, the value is the one that torch's own backward takes.
+DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda h, slope: torch.where(h <= 0, 0.0, torch.ones_like(h)),
+    "tanh": lambda h, slope: 1 - h * h,
+    "sigmoid": lambda h, slope: h * (1 - h),
+    "identity": lambda h, slope: torch.ones_like(h),
+    "leaky_relu": lambda h, slope: torch.where(h > 0, torch.ones_like(h), slope),
+    "relu6": lambda h, slope: torch.where((h <= 0) | (h >= 6), 0.0, torch.ones_like(h)),
+    "hardtanh": lambda h, slope: torch.where((h <= -1) | (h >= 1), 0.0, torch.ones_like(h)),
+}
+
+
+class ClipGradient(torch.autograd.Function):
+    """Forward: the identity. Backward: the gradient clamped to [-limit, limit]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, limit: float) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the state is kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def valid_steps(x: Tensor, lengths: Tensor | None, time: int) -> Tensor | None:
+    """(T, B, 1), True where step t of row b is within the row's length."""
+    if lengths is None:
+        return None
+    t = torch.arange(x.shape[time], device=x.device)
+    return (t[:, None] < lengths.to(x.device)).unsqueeze(-1)
+
+
+def indrnn(
+    x: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bias: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    grad_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    # unbind and stack: indexing x[t] or assigning output[t] in the loop has a backward quadratic in T.
+    act = ACTIVATIONS[activation]
+    time = 1 if batch_first else 0
+    T = x.shape[time]
+    dtype = compute_dtype(x.dtype)
+    u = weight_hh.to(dtype)
+    v = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    h = v.new_zeros(()).expand(x.shape[1 - time], x.shape[2]) if h0 is None else h0.to(dtype)
+    h_n_dtype = x.dtype if h0 is None else h0.dtype
+    if T == 0:
+        # Nothing to compute, but every input keeps a gradient (of zeros).
+        return (v * u).to(x.dtype), h.to(h_n_dtype).clone()
+
+    keep: list[Tensor | None] = [None] * T  # (B, 1) each: True where the step continues from the state before it
+    valid = valid_steps(x, lengths, time)
+    if valid is not None:
+        # Steps past a row's end start from zeros and are dropped: no NaN or infinity there reaches a gradient.
+        v = torch.where(valid.transpose(0, time), v, 0.0)
+        keep = list(valid.unbind(0))
+    if reset is not None:
+        resets = reset.unsqueeze(-1).unbind(time)
+        keep = [~r if k is None else k & ~r for k, r in zip(keep, resets, strict=True)]
+
+    v_steps = v.unbind(time)  # (B, H) each
+    outputs: list[Tensor] = [v_steps[0]] * T
+    for t in range(T - 1, -1, -1) if reverse else range(T):
+        keep_t = keep[t]
+        h_prev = h if keep_t is None else torch.where(keep_t, h, 0.0)
+        h_t = act(v_steps[t] + u * h_prev, negative_slope)
+        if grad_clip is not None:
+            h_t = ClipGradient.apply(h_t, grad_clip)
+        outputs[t] = h_t if valid is None else torch.where(valid[t], h_t, 0.0)
+        h = h_t if valid is None else torch.where(valid[t], h_t, h)
+    return torch.stack(outputs, time).to(x.dtype), h.to(h_n_dtype)
+
+
+def indrnn_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    output: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    bias: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    grad_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight_hh, h0 and bias, from output alone: x is not needed.
+
+    g[t] = clip(dy[t] + weight_hh * g[t+1]) * act'(h[t]);  dx = g;  dweight_hh = sum g[t] * h[t-1];  dbias = sum g
+
+    It is differentiable itself, output included, which is how the fused backends get their second derivatives.
+    """
+    time = 1 if batch_first else 0
+    T, B, H = output.shape[time], output.shape[1 - time], output.shape[2]
+    dtype = compute_dtype(output.dtype)
+    u = weight_hh.to(dtype)
+    zeros = u.new_zeros(B, H)
+    start = zeros if h0 is None else h0.to(dtype)
+    flow = zeros if grad_h_n is None else grad_h_n.to(dtype)  # dL/dh[t] from later steps
+    dy = None if grad_output is None else grad_output.to(dtype).unbind(time)
+    h = output.to(dtype).unbind(time)
+    valid = valid_steps(output, lengths, time)
+    resets = None if reset is None else reset.unsqueeze(-1).unbind(time)
+
+    grads: list[Tensor] = [zeros] * T
+    du = u * 0.0 if T == 0 else torch.zeros_like(u)
+    for t in range(T) if reverse else range(T - 1, -1, -1):
+        before = t + 1 if reverse else t - 1
+        h_prev = h[before] if 0 <= before < T else start
+        if valid is not None and reverse and before < T:
+            h_prev = torch.where(valid[before], h_prev, start)
+        if resets is not None:
+            h_prev = torch.where(resets[t], 0.0, h_prev)
+        dh = flow if dy is None else dy[t] + flow
+        if grad_clip is not None:
+            dh = dh.clamp(-grad_clip, grad_clip)
+        g = dh * DERIVATIVES[activation](h[t], negative_slope)
+        to_prev = u * g if resets is None else torch.where(resets[t], 0.0, u * g)
+        du_t = g * h_prev
+        if valid is None:
+            flow = to_prev
+        else:
+            flow = torch.where(valid[t], to_prev, flow)
+            g = torch.where(valid[t], g, 0.0)
+            du_t = torch.where(valid[t], du_t, 0.0)
+        grads[t] = g
+        du = du + du_t.sum(0)
+    dx = torch.stack(grads, time) if T else output.to(dtype) * u
+    return (
+        dx.to(output.dtype),
+        du.to(weight_hh.dtype),
+        None if h0 is None else flow.to(h0.dtype),
+        None if bias is None else dx.sum((0, 1)).to(bias.dtype),
+    )

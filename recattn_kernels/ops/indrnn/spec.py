@@ -1,0 +1,179 @@
+"""IndRNN for the tests and the benchmarks: samples, workloads, and the least that a call costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from recattn_kernels.ops.indrnn.api import indrnn
+from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, AUTO
+from recattn_kernels.spec import OpSpec, Sample, Workload
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def randn(generator: Generator, *shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def sample(name: str, T: int, B: int, H: int, /, *, finite: bool = True, smooth: bool = True, **options: Any) -> Sample:
+    """A call on random numbers. `options` are indrnn's; those given as a function get (generator, T, B, H)."""
+
+    def make(generator: Generator) -> Arguments:
+        options_ = dict(options)
+        batch_first = options.get("batch_first", False)
+        x = options_.pop("x", None)
+        x = x(generator, T, B, H) if x else randn(generator, *((B, T, H) if batch_first else (T, B, H)))
+        u = (torch.rand(H, generator=generator, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
+        u = options_.pop("u")(u) if "u" in options_ else u
+        values = {key: value(generator, T, B, H) if callable(value) else value for key, value in options_.items()}
+        return (x, u), values
+
+    return Sample(name, make, finite, smooth)
+
+
+def state(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, B, H)
+
+
+def bias(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, H)
+
+
+def reset(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return torch.rand(T, B, generator=generator) < 0.2
+
+
+def reset_batch_first(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return torch.rand(T, B, generator=generator).t() < 0.2
+
+
+def lengths(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    values = torch.randint(0, T + 1, (B,), generator=generator)
+    values[0] = T
+    values[-1] = 0
+    return values
+
+
+def planted(value: float) -> Callable[[Generator, int, int, int], Tensor]:
+    """x with one value planted in the middle of one column."""
+
+    def make(generator: Generator, T: int, B: int, H: int) -> Tensor:
+        x = randn(generator, T, B, H, grad=False)
+        x[T // 2, 0, H // 2] = value
+        return x.requires_grad_()
+
+    return make
+
+
+def past_the_end(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    """x that is NaN from step 3 on."""
+    x = randn(generator, T, B, H, grad=False)
+    x[3:] = float("nan")
+    return x.requires_grad_()
+
+
+def expanded(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, T, 1, H, grad=False).expand(T, B, H).requires_grad_()
+
+
+def strided_rows(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, T, 2 * B, H + 3, grad=False)[:, ::2, 1 : H + 1].requires_grad_()
+
+
+def strided_columns(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, T, B, 2 * H, grad=False)[..., ::2].requires_grad_()
+
+
+def transposed(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, B, T, H, grad=False).transpose(0, 1).requires_grad_()
+
+
+def frozen(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return randn(generator, T, B, H, grad=False)
+
+
+EVERYTHING = {"h0": state, "bias": bias, "reset": reset, "lengths": lengths}
+
+SAMPLES = (
+    *(sample(f"{act}", 9, 3, 65, activation=act, h0=state, bias=bias) for act in ACTIVATIONS),
+    sample("plain", 17, 2, 130),
+    sample("no_bias", 5, 2, 8, h0=state, activation="tanh"),
+    sample("one_step", 1, 3, 5, h0=state, activation="tanh"),
+    sample("one_row", 7, 1, 65, activation="sigmoid", bias=bias),
+    sample("one_column", 6, 4, 1, h0=state, activation="tanh"),
+    sample("one_element", 1, 1, 1, h0=state, bias=bias, activation="tanh"),
+    sample("long", 33, 2, 16, h0=state),
+    sample("many_rows", 4, 70, 3, h0=state, activation="tanh"),
+    sample("reverse", 8, 3, 5, reverse=True, h0=state, bias=bias, activation="tanh"),
+    sample("batch_first", 8, 3, 65, batch_first=True, h0=state, bias=bias, activation="tanh"),
+    sample("reset", 12, 5, 7, reset=reset, h0=state, activation="tanh"),
+    sample("lengths", 9, 6, 7, lengths=lengths, h0=state, bias=bias, activation="tanh"),
+    sample("lengths_list", 4, 3, 5, lengths=[4, 0, 2], activation="tanh"),
+    sample("everything", 13, 6, 33, **EVERYTHING, activation="tanh"),
+    sample("everything_reverse", 13, 6, 33, **EVERYTHING, activation="tanh", reverse=True),
+    sample(
+        "everything_batch_first", 13, 6, 33, **(EVERYTHING | {"reset": reset_batch_first}), activation="leaky_relu",
+        negative_slope=0.2, reverse=True, batch_first=True, grad_clip=0.7, smooth=False,
+    ),
+    sample("everything_relu", 13, 6, 33, **EVERYTHING, grad_clip=0.7, smooth=False),
+    sample("grad_clip", 12, 3, 9, grad_clip=0.5, h0=state, activation="tanh", smooth=False),
+    sample("grad_clip_tight", 12, 3, 9, grad_clip=1e-3, bias=bias, smooth=False),
+    sample("saturated", 9, 3, 20, activation="relu6", x=lambda *a: (randn(*a, grad=False) * 6).requires_grad_()),
+    sample("zeros", 6, 2, 5, x=lambda g, *shape: torch.zeros(*shape, dtype=torch.float64).requires_grad_(), smooth=False),
+    sample("expanded_x", 6, 4, 65, x=expanded, activation="tanh"),
+    sample("strided_rows", 6, 3, 20, x=strided_rows, activation="tanh"),
+    sample("strided_columns", 6, 3, 20, x=strided_columns, activation="tanh"),
+    sample("transposed_x", 6, 3, 20, x=transposed, activation="tanh"),
+    sample("frozen_x", 6, 3, 20, x=frozen, h0=state, bias=bias, activation="tanh"),
+    sample("frozen_weight", 6, 3, 20, u=lambda u: u.detach(), h0=state, bias=bias, activation="tanh"),
+    sample("no_steps", 0, 3, 5, h0=state, bias=bias),
+    sample("no_rows", 4, 0, 5, h0=state, bias=bias, lengths=[]),
+    sample("no_columns", 4, 3, 0, h0=state, bias=bias),
+    *(sample(f"nan_{act}", 7, 2, 5, activation=act, x=planted(float("nan")), finite=False) for act in ACTIVATIONS),
+    sample("inf", 7, 2, 5, x=planted(float("inf")), finite=False),
+    sample("minus_inf", 7, 2, 5, activation="identity", x=planted(-float("inf")), finite=False),
+    sample("inf_tanh", 7, 2, 5, activation="tanh", x=planted(-float("inf"))),
+    sample("nan_past_the_end", 7, 3, 5, activation="tanh", x=past_the_end, lengths=[3, 0, 2]),
+    sample("nan_reset", 7, 2, 5, x=planted(float("nan")), finite=False,
+           reset=lambda g, T, B, H: (torch.arange(T) == T // 2 + 1)[:, None].expand(T, B)),
+)  # fmt: skip
+
+WORKLOADS = (
+    Workload("seqmnist-784", {"T": 784, "B": 32, "H": 128}, "sequential MNIST, Li et al. 2018, section 5.2"),
+    Workload("adding-5000", {"T": 5000, "B": 50, "H": 128}, "the adding problem, Li et al. 2018, section 5.1"),
+    Workload("ptb-char", {"T": 50, "B": 128, "H": 2000}, "characters of the Penn Treebank, Li et al. 2018, section 5.3.1"),
+    Workload("wide", {"T": 2500, "B": 64, "H": 4096}, "fills a large GPU", devices=("cuda",)),
+)
+
+
+def inputs(workload: Workload, dtype: torch.dtype, device: str, generator: Generator) -> Arguments:
+    T, B, H = (workload.sizes[name] for name in "TBH")
+    x = torch.randn(T, B, H, generator=generator).to(device, dtype).requires_grad_()
+    # The paper's bound for ReLU over T steps, |u| <= 2^(1/T), keeps every value finite.
+    u = (torch.rand(H, generator=generator) * 2 ** (1 / T)).to(device, dtype).requires_grad_()
+    return (x, u), {}
+
+
+def cost(workload: Workload, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
+    """Forward: reads x, writes output. Backward: reads grad_output and output, writes grad_x."""
+    n = workload.sizes["T"] * workload.sizes["B"] * workload.sizes["H"]
+    return (5 if backward else 2) * n * dtype.itemsize, (3 + (6 if backward else 0)) * n
+
+
+FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+SPEC = OpSpec(
+    name="indrnn",
+    function=indrnn,
+    backends=AUTO,
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
+    samples=SAMPLES,
+    workloads=WORKLOADS,
+    inputs=inputs,
+    cost=cost,
+    source="Li et al., CVPR 2018, arXiv:1803.04831",
+)

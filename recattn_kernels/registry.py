@@ -1,0 +1,15 @@
+"""The list of ops. Tests, benchmarks, `info` and the README's tables read it."""
+
+from __future__ import annotations
+
+from recattn_kernels.ops.indrnn.spec import SPEC as INDRNN
+from recattn_kernels.spec import OpSpec
+
+OPS: tuple[OpSpec, ...] = (INDRNN,)
+
+
+def find(name: str) -> OpSpec:
+    for spec in OPS:
+        if spec.name == name:
+            return spec
+    raise ValueError(f"op must be one of {', '.join(spec.name for spec in OPS)}, got {name!r}")

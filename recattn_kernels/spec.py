@@ -1,0 +1,83 @@
+"""What an op declares about itself: samples for the tests, workloads for the benchmarks, and what a call costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A small call that shows one behaviour. Every backend must agree with the reference on it.
+
+    make(generator) returns float64 CPU arguments (args, kwargs); `cast` brings them to a dtype and device. Floating
+    tensors that require grad are those whose gradients are compared.
+    """
+
+    name: str
+    make: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    finite: bool = True  # False: the values hold NaN or infinity, compared where they fall rather than by error
+    smooth: bool = True  # False: on a kink or over a clip, where finite differences mean nothing
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A shape that users run: sizes by name, and the devices it is meant for."""
+
+    name: str
+    sizes: Mapping[str, int]
+    source: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: its function, its backends, its samples and workloads."""
+
+    name: str
+    function: Callable[..., Any]
+    backends: tuple[str, ...]  # the fused ones, in the order that auto tries them
+    dtypes: Mapping[str, tuple[torch.dtype, ...]]  # by backend
+    samples: tuple[Sample, ...]
+    workloads: tuple[Workload, ...]
+    # (workload, dtype, device, generator) -> args, kwargs of function
+    inputs: Callable[[Workload, torch.dtype, str, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    # (workload, dtype, backward) -> least bytes to move, floating-point operations
+    cost: Callable[[Workload, torch.dtype, bool], tuple[int, int]]
+    source: str = ""
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a nest of tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    """The same nest with floating tensors in dtype, everything on device, strides and requires_grad kept."""
+    if isinstance(value, Tensor):
+        return _cast_tensor(value, dtype, device)
+    if isinstance(value, Mapping):
+        return {key: cast(item, dtype, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype, device) for item in value)
+    return value
+
+
+def _cast_tensor(value: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    # The storage is converted, so that an expanded or strided sample stays so.
+    new = dtype if value.is_floating_point() else value.dtype
+    source = value.detach()
+    extent = 1 + sum((n - 1) * s for n, s in zip(source.shape, source.stride(), strict=True)) if source.numel() else 0
+    storage = source.as_strided((extent,), (1,)).to(device=device, dtype=new, copy=True)
+    return storage.as_strided(source.shape, source.stride()).requires_grad_(value.requires_grad)
