@@ -1,8 +1,8 @@
 """Which backend runs a call: the only place that decides, and the only reader of RECATTN_BACKEND.
 
-A backend of an op is a module recattn_kernels.ops.<op>.<backend> with `refusal(call) -> str | None`, and the kernels.
-It refuses a call with a reason, in words. An explicitly asked backend that refuses raises BackendUnavailableError;
-`auto` takes the first of the op's AUTO order that does not refuse, and `reference` when all do.
+A backend of an op is a module recattn_kernels.ops.<op>.<backend>, and a line in the table BACKENDS of the op's contract:
+its name and `refusal(call) -> str | None`, which says in words why it cannot run a call. An explicitly asked backend
+that refuses raises BackendUnavailableError; `auto` takes the first of the table that does not refuse, else `reference`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMES = ("auto", "reference", "vendor", "cpp", "triton", "cuda")
@@ -71,21 +71,7 @@ def requested(op: str, name: str | None) -> str:
 
 def under_transform() -> bool:
     """True under vmap, jvp, func.grad and the like, or forward-mode AD: only the reference can follow there."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def runs_reference(op: str, name: str, x: Tensor) -> bool:
-    """True where a call is plain PyTorch from the start, and no registered op is involved."""
-    if name == "reference":
-        return True
-    if under_transform():
-        if name == "auto":
-            return True
-        raise BackendUnavailableError(
-            f"{op}: backend {name!r} cannot run under a functorch transform or forward-mode AD; "
-            "use backend='reference', which auto does by itself"
-        )
-    return name == "auto" and x.device.type not in ("cpu", "cuda", "meta")
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # Machine
@@ -117,11 +103,8 @@ def triton_missing() -> str | None:
     return None
 
 
-def interpreting() -> bool:
-    """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
-    return triton_missing() is None and bool(importlib.import_module("triton").knobs.runtime.interpret)
-
-
+# What depends on the machine alone is a constant to a compiled graph.
+@torch.compiler.assume_constant_result
 def machine_refusal(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on tensors of this kind of device on this machine, whatever the op."""
     if backend == "cpp":
@@ -147,47 +130,62 @@ def machine_refusal(backend: str, device_type: str) -> str | None:
     return None
 
 
+def interpreting() -> bool:
+    """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
 # Op
 
+# The fused backends of an op, the one that auto prefers first, each with its refusal.
+Table = Mapping[str, Callable[[Any], str | None]]
+
 
 @functools.cache
-def load(op: str, backend: str) -> Any:
-    """The module of an op's backend."""
-    return importlib.import_module(f"recattn_kernels.ops.{op}.{backend}")
+def load(op: str, module: str) -> Any:
+    """recattn_kernels.ops.<op>.<module>, imported when it is first needed: triton.py needs Triton."""
+    return importlib.import_module(f"recattn_kernels.ops.{op}.{module}")
 
 
-def refusal(op: str, backend: str, call: Any) -> str | None:
+def refusal(backend: str, table: Table, call: Any) -> str | None:
     """Why this backend cannot run this call; None: it can."""
-    contract = load(op, "contract")
     if backend == "reference":
         return None
-    if backend != "vendor" and backend not in contract.AUTO:
-        return "this op has no such backend"
+    if backend != "vendor" and backend not in table:
+        return "the op has no such backend"
     reason = machine_refusal(backend, call.x.device.type)
-    return reason if reason is not None else load(op, backend).refusal(call)
+    if reason is None and under_transform():
+        reason = (
+            "only the reference runs under a functorch transform or forward-mode AD, and auto takes it there by itself"
+        )
+    return table[backend](call) if reason is None else reason
 
 
-def choose(op: str, name: str, call: Any) -> Any:
-    """The module that runs this call; None for the reference."""
-    if name == "reference":
-        return None
+def choose(op: str, name: str | None, table: Table, call: Any) -> str:
+    """The backend that runs this call."""
+    name = requested(op, name)
     if name != "auto":
-        reason = refusal(op, name, call)
+        reason = refusal(name, table, call)
         if reason is not None:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run this call: {reason}")
-        return load(op, name)
-    for backend in load(op, "contract").AUTO:
-        if refusal(op, backend, call) is None:
-            return load(op, backend)
-    if call.x.device.type == "cuda":
-        reasons = {backend: refusal(op, backend, call) for backend in load(op, "contract").AUTO}
-        _warn_once(f"{op}: no fused backend runs this call on the GPU, so the slow reference does: {reasons}")
-    return None
+        return name
+    if call.x.device.type == "meta":
+        return next(iter(table))  # shapes only, which every backend agrees on
+    reasons = []
+    for backend in table:
+        reason = refusal(backend, table, call)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend}: {reason}")
+    if call.x.device.type == "cuda" and not under_transform():
+        _warn_once(f"{op}: no fused backend runs this call on the GPU, so the reference does. {'; '.join(reasons)}")
+    return "reference"
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warnings.warn(message, stacklevel=3)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
@@ -196,15 +194,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     Takes an op's name and then what its function takes:
 
         >>> recattn_kernels.explain("indrnn", x, weight_hh)
-        {'reference': None, 'cpp': None, 'triton': 'it runs on a GPU, x is on cpu', ...}
+        {'reference': None, 'vendor': "torch's own ...", 'cpp': None, 'triton': 'it runs on a GPU, x is on cpu', ...}
 
-    Returns {backend: reason or None}, a line for every named backend. Raises what the op itself would raise for
-    arguments that no backend takes, and ValueError for an unknown op.
+    Returns {backend: reason or None} with every named backend. Raises what the op itself would raise for arguments that
+    no backend takes, and ValueError for an unknown op.
     """
-    registry = importlib.import_module("recattn_kernels.registry")
-    names = [spec.name for spec in registry.OPS]
+    names = [spec.name for spec in importlib.import_module("recattn_kernels.registry").OPS]
     if op not in names:
         raise ValueError(f"explain: op must be one of {', '.join(names)}, got {op!r}")
     kwargs.pop("backend", None)
     call = load(op, "api").normalise(*args, **kwargs)
-    return {backend: refusal(op, backend, call) for backend in NAMES if backend != "auto"}
+    table = load(op, "contract").BACKENDS
+    return {backend: refusal(backend, table, call) for backend in NAMES if backend != "auto"}

@@ -7,7 +7,6 @@ A wrong type or dtype is a TypeError, everything else a ValueError.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -70,14 +69,14 @@ def flag(op: str, name: str, value: Any) -> None:
 def positive(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if not value > 0 or math.isnan(value):
+    if not value > 0:  # NaN too
         raise ValueError(f"{op}: {name} must be positive, got {value!r}")
 
 
 def number(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if math.isnan(value):
+    if value != value:  # not math.isnan, which torch.compile cannot trace on a symbolic number
         raise ValueError(f"{op}: {name} must not be NaN")
 
 
@@ -99,7 +98,7 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
 
 def length_values(op: str, value: Tensor, steps: int) -> None:
     """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device."""
-    if value.device.type != "cpu" or value.numel() == 0 or torch._C._functorch.maybe_get_level(value) != -1:
+    if value.device.type != "cpu" or value.numel() == 0 or torch._C._are_functorch_transforms_active():
         return
     low, high = (int(v) for v in torch.aminmax(value))
     if low < 0 or high > steps:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.indrnn import reference
-from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, LIBRARY, Call
+from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, BACKENDS, LIBRARY, Call
 
 
 def normalise(
@@ -159,7 +159,6 @@ def indrnn(
     Source: Li, Li, Cook, Zhu and Gao, "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper
     RNN", CVPR 2018, arXiv:1803.04831.
     """
-    name = backends.requested("indrnn", backend)
     call = normalise(
         x,
         weight_hh,
@@ -174,7 +173,8 @@ def indrnn(
         grad_clip=grad_clip,
         algorithm=algorithm,
     )
-    if backends.runs_reference("indrnn", name, x):
+    backend = backends.choose("indrnn", backend, BACKENDS, call)
+    if backend == "reference":
         return reference.indrnn(x, weight_hh, h0, **call.definition())
-    output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, name)
+    output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
     return output, h_n

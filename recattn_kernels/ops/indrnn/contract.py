@@ -1,4 +1,4 @@
-"""The registered ops of IndRNN: schemas, shapes, and the choice of the module that runs them."""
+"""The registered ops of IndRNN: schemas, shapes, and the hand-over to the module that runs them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
-from recattn_kernels.ops.indrnn import reference
 
 # The order of csrc/cells.h's enum Activation.
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "identity", "leaky_relu", "relu6", "hardtanh")
 ALGORITHMS = ("auto", "sequential", "scan")
-
-# What auto tries, in this order. A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order among those two
-# waits for a measurement on a GPU.
-AUTO = ("cpp", "triton", "cuda")
-
 
 class Call(NamedTuple):
     """One checked call. x and reset are (T, B, ...), or (B, T, ...) under batch_first; lengths is an int64 tensor."""
@@ -57,6 +51,19 @@ class Call(NamedTuple):
         return kwargs
 
 
+def _refusal(call: Call) -> str | None:
+    if call.activation == "leaky_relu" and call.negative_slope < 0:
+        return "a negative negative_slope hides the sign that the backward reads off the output"
+    return None
+
+
+def _gpu_refusal(call: Call) -> str | None:
+    return "it has no float64 kernel" if call.x.dtype == torch.float64 else _refusal(call)
+
+
+# A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order of those two waits for a measurement on a GPU.
+BACKENDS: backends.Table = {"cpp": _refusal, "triton": _gpu_refusal, "cuda": _gpu_refusal}
+
 _ARGUMENTS = (
     "Tensor weight_hh, Tensor? h0, Tensor? bias, Tensor? reset, Tensor? lengths, str activation, "
     "float negative_slope, bool reverse, bool batch_first, float? grad_clip, str algorithm, str backend"
@@ -91,21 +98,13 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     call, backend = Call(*args[:-1]), args[-1]
     if call.lengths is not None:
         checks.length_values("indrnn", call.lengths, call.sizes[0])  # a compiled caller could not look at them
-    module = backends.choose("indrnn", backend, call)
-    if module is not None:
-        output, h_n = module.forward(call)
-        return output, h_n
-    output, h_n = reference.indrnn(call.x, call.weight_hh, call.h0, **call.definition())
-    return output.contiguous(), h_n
+    output, h_n = backends.load("indrnn", backend).forward(call)
+    return output, h_n
 
 
 def _backward(grad_output: Tensor | None, grad_h_n: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    call, backend = Call(*args[:-1]), args[-1]  # call.x is the output, which is all that choosing and shapes need
-    module = backends.choose("indrnn", backend, call)
-    if module is not None:
-        return tuple(module.backward(grad_output, grad_h_n, call))
-    grads = reference.indrnn_backward(grad_output, grad_h_n, call.x, call.weight_hh, call.h0, **call.definition())
-    return tuple(call.x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    call, backend = Call(*args[:-1]), args[-1]  # call.x is the output
+    return tuple(backends.load("indrnn", backend).backward(grad_output, grad_h_n, call))
 
 
 for _key in ("CPU", "CUDA"):

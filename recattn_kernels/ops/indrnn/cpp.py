@@ -16,12 +16,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the or
 ABSENT = (0, 0, 0)
 
 
-def refusal(call: Call) -> str | None:
-    if call.activation == "leaky_relu" and call.negative_slope < 0:
-        return "a negative negative_slope hides the sign that the backward reads off the output"
-    return None
-
-
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from recattn_kernels.ops.indrnn.api import indrnn
-from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, AUTO
+from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, BACKENDS
 from recattn_kernels.spec import OpSpec, Sample, Workload
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -169,7 +169,7 @@ FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = OpSpec(
     name="indrnn",
     function=indrnn,
-    backends=AUTO,
+    backends=tuple(BACKENDS),
     dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=SAMPLES,
     workloads=WORKLOADS,

@@ -1,0 +1,98 @@
+"""The arithmetic of the cells in Triton: csrc/cells.h once more. Everything takes and gives float32 tiles.
+
+Comparisons are written with tl.where so that NaN passes through every one of them; tl.maximum would drop it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
+def tanh(v):
+    # 1 - 2 / (exp(2a) + 1) cancels near 0: below 0.7 an odd polynomial, fitted to 0.3 ulp, takes over. The threshold is
+    # that high because the hardware's exp2 and division are off by up to 2 ulp each, which shrinks as a grows.
+    a = tl.abs(v)
+    far = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    s = v * v
+    p = -0.00513866 * s + 0.02009197
+    p = p * s - 0.05355886
+    p = p * s + 0.13329111
+    p = p * s - 0.3333319
+    return tl.where(a < 0.7, v + v * s * p, tl.where(v < 0.0, -far, far))
+
+
+@triton.jit
+def activate(v, negative_slope, ACTIVATION: tl.constexpr):
+    """h = act(v)"""
+    if ACTIVATION == "relu":
+        v = tl.where(v <= 0.0, 0.0, v)
+    elif ACTIVATION == "tanh":
+        v = tanh(v)
+    elif ACTIVATION == "sigmoid":
+        v = sigmoid(v)
+    elif ACTIVATION == "leaky_relu":
+        v = tl.where(v > 0.0, v, v * negative_slope)
+    elif ACTIVATION == "relu6":
+        v = tl.where(v <= 0.0, 0.0, v)
+        v = tl.where(v >= 6.0, 6.0, v)
+    elif ACTIVATION == "hardtanh":
+        v = tl.where(v <= -1.0, -1.0, v)
+        v = tl.where(v >= 1.0, 1.0, v)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+    return v
+
+
+@triton.jit
+def derivative(h, negative_slope, ACTIVATION: tl.constexpr):
+    """act'(v) from h = act(v) alone, so that the pre-activation need not be kept."""
+    if ACTIVATION == "relu":
+        d = tl.where(h <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "tanh":
+        d = 1.0 - h * h
+    elif ACTIVATION == "sigmoid":
+        d = h * (1.0 - h)
+    elif ACTIVATION == "leaky_relu":
+        d = tl.where(h > 0.0, 1.0, negative_slope)
+    elif ACTIVATION == "relu6":
+        d = tl.where((h <= 0.0) | (h >= 6.0), 0.0, 1.0)
+    elif ACTIVATION == "hardtanh":
+        d = tl.where((h <= -1.0) | (h >= 1.0), 0.0, 1.0)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+        d = tl.full(h.shape, 1.0, tl.float32)
+    return d
+
+
+@triton.jit
+def keep_inside(h, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """What is stored for h in DTYPE. Rounding to 16 bits may not carry h onto a bound of the activation: the derivative,
+    which is read off the stored value, would then be 0 where it is 1."""
+    if DTYPE != tl.float32:
+        BF16: tl.constexpr = DTYPE == tl.bfloat16
+        if ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "relu6":
+            SMALLEST: tl.constexpr = 1e-38 if BF16 else 5.9604644775390625e-8
+            h = tl.where((h > 0.0) & (h < SMALLEST), SMALLEST, h)
+        # The type's neighbours of the bounds, towards 0.
+        if ACTIVATION == "relu6":
+            BELOW_6: tl.constexpr = 5.96875 if BF16 else 5.99609375
+            h = tl.where((h < 6.0) & (h > BELOW_6), BELOW_6, h)
+        if ACTIVATION == "hardtanh":
+            BELOW_1: tl.constexpr = 0.99609375 if BF16 else 0.99951171875
+            h = tl.where((h < 1.0) & (h > BELOW_1), BELOW_1, h)
+            h = tl.where((h > -1.0) & (h < -BELOW_1), -BELOW_1, h)
+    return h
+
+
+@triton.jit
+def clamp_symmetric(v, limit):
+    """max(min(v, limit), -limit), NaN kept."""
+    v = tl.where(v > limit, limit, v)
+    return tl.where(v < -limit, -limit, v)

@@ -1,0 +1,48 @@
+"""What every test runs under: seeded, deterministic, and with uninitialised memory filled with NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--aot-full", action="store_true", help="compile every Triton kernel for every architecture, not a selection"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_interpreter = pytest.mark.skip(
+        reason="Triton reads TRITON_INTERPRET when it is imported: TRITON_INTERPRET=1 pytest -m interpret"
+    )
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "interpret" in item.keywords and not INTERPRETING:
+            item.add_marker(no_interpreter)
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """torch.empty returns NaN in torch's deterministic mode, so a kernel that misses an element is seen."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile with nothing left of earlier compilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

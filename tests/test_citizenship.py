@@ -1,0 +1,272 @@
+"""Every op behaves as a torch op does: autograd of any order, compile, export, autocast, functorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recattn_kernels import BackendUnavailableError, backends
+from recattn_kernels.registry import OPS
+from recattn_kernels.spec import OpSpec, Sample, cast, tensors
+
+OP = [pytest.param(spec, id=spec.name) for spec in OPS]
+SMOOTH = [
+    pytest.param(spec, sample, id=f"{spec.name}-{sample.name}")
+    for spec in OPS
+    for sample in spec.samples
+    if sample.finite and sample.smooth
+]
+# One sample of each op with every tensor argument that has a gradient, for the slower tests.
+FULL = [
+    pytest.param(spec, next(s for s in spec.samples if s.name == "everything"), id=spec.name) for spec in OPS
+]
+FUSED_ON_CPU = [pytest.param(spec, id=spec.name) for spec in OPS if "cpp" in spec.backends]
+
+
+def arguments(sample: Sample, dtype: torch.dtype = torch.float64) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = sample.make(torch.Generator().manual_seed(0))
+    return cast(args, dtype, "cpu"), cast(kwargs, dtype, "cpu")
+
+
+class AsFunction:
+    """The op as a function of its differentiable tensors alone."""
+
+    def __init__(self, spec: OpSpec, sample: Sample, dtype: torch.dtype = torch.float64, **extra: Any) -> None:
+        self.spec, self.extra = spec, extra
+        self.args, self.kwargs = arguments(sample, dtype)
+        self.inputs = [t for t in tensors((self.args, self.kwargs)) if t.requires_grad]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        replaced = dict(zip(map(id, self.inputs), inputs, strict=True))
+        args = [replaced.get(id(a), a) for a in self.args]
+        kwargs = {key: replaced.get(id(a), a) for key, a in self.kwargs.items()}
+        return self.spec.function(*args, **kwargs, **self.extra)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("spec", "sample"), SMOOTH)
+def test_gradcheck(spec: OpSpec, sample: Sample, backend: str) -> None:
+    function = AsFunction(spec, sample, backend=backend)
+    assert torch.autograd.gradcheck(function, function.inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("spec", "sample"), SMOOTH)
+def test_gradgradcheck(spec: OpSpec, sample: Sample, backend: str) -> None:
+    function = AsFunction(spec, sample, backend=backend)
+    assert torch.autograd.gradgradcheck(function, function.inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(("spec", "sample"), [p for p in SMOOTH if "everything" in str(p.id)])
+def test_third_derivative_equals_the_references(spec: OpSpec, sample: Sample) -> None:
+    results = []
+    for backend in ("reference", "cpp"):
+        function = AsFunction(spec, sample, backend=backend)
+        value = sum((o * o).sum() for o in function(*function.inputs))
+        for _ in range(2):
+            grads = torch.autograd.grad(value, function.inputs, create_graph=True)
+            value = sum((g * g).sum() for g in grads)
+        results.append(torch.autograd.grad(value, function.inputs))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("spec", "sample"), FULL)
+def test_opcheck(spec: OpSpec, sample: Sample) -> None:
+    """Of the registered ops, as the public function calls them."""
+    function = AsFunction(spec, sample, torch.float32)
+    recorded: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "recattn_kernels":
+                recorded.append((op, args))
+            return op(*args, **(kwargs or {}))
+
+    with Record():
+        outputs = function(*function.inputs)
+        torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs)
+    assert {op.name() for op, _ in recorded} == {f"recattn_kernels::{spec.name}", f"recattn_kernels::{spec.name}_backward"}
+    for op, args in recorded:
+        detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        if not op.name().endswith("_backward"):
+            detached = [a.requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in detached]
+        torch.library.opcheck(op, tuple(detached))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("spec", "sample"), FULL)
+def test_compile_fullgraph(spec: OpSpec, sample: Sample) -> None:
+    """One graph, which calls the fused op and not the reference's arithmetic."""
+    function = AsFunction(spec, sample, torch.float32)
+    ops: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(function, fullgraph=True, backend=look)(*function.inputs)
+    assert f"recattn_kernels.{spec.name}.default" in ops
+
+    compiled = torch.compile(function, fullgraph=True)
+    expected, outputs = function(*function.inputs), compiled(*function.inputs)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs),
+        torch.autograd.grad(sum(o.sum() for o in expected), function.inputs),
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("spec", OP)
+def test_one_compilation_serves_every_size(spec: OpSpec) -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(spec.function, fullgraph=True, dynamic=True, backend=counter)
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample, torch.float32)
+    for size in (5, 7, 11):
+        x_ = torch.randn(size, size + 1, *x.shape[2:])
+        torch.testing.assert_close(compiled(x_, *rest), spec.function(x_, *rest))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("spec", OP)
+def test_compiled_code_follows_use_backend(spec: OpSpec) -> None:
+    sample = next(s for s in spec.samples if s.name == "plain")
+    args, kwargs = arguments(sample, torch.float32)
+    compiled = torch.compile(spec.function, fullgraph=True, backend="eager")
+    compiled(*args, **kwargs)
+    with backends.use_backend("cuda"), pytest.raises(BackendUnavailableError):
+        compiled(*args, **kwargs)
+    compiled(*args, **kwargs)
+
+
+class Module(torch.nn.Module):
+    """The op behind a trainable scale."""
+
+    def __init__(self, spec: OpSpec, rest: list[Any]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.rest = torch.nn.ParameterList(rest)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.spec.function(x * self.scale, *self.rest)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("spec", OP)
+def test_exported_program_trains(spec: OpSpec) -> None:
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample, torch.float32)
+    module = Module(spec, rest)
+    exported = torch.export.export(module, (x.detach(),)).module()
+    for m in (module, exported):
+        sum(o.sum() for o in m(x.detach())).backward()
+    for (name, p), q in zip(module.named_parameters(), exported.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+        p.grad = q.grad = None
+
+
+@pytest.mark.parametrize("spec", OP)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
+    """Under autocast a projection gives a 16-bit x beside float32 parameters."""
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample, torch.float32)
+    weight = torch.eye(x.shape[-1], requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        outputs = spec.function(x @ weight, *rest)
+    assert outputs[0].dtype == dtype
+    grads = torch.autograd.grad(sum(o.float().sum() for o in outputs), [weight, *rest])
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("spec", OP)
+def test_vmap(spec: OpSpec) -> None:
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample)
+    many = torch.stack([x, x * 2, x - 1]).detach()
+    got = torch.vmap(lambda x: spec.function(x, *rest))(many)
+    for i, x in enumerate(many):
+        torch.testing.assert_close([o[i] for o in got], list(spec.function(x, *rest)))
+
+
+@pytest.mark.parametrize("spec", OP)
+def test_func_grad_and_jvp(spec: OpSpec) -> None:
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample)
+    direction = torch.randn_like(x)
+
+    def loss(x: Tensor) -> Tensor:
+        return sum(o.square().sum() for o in spec.function(x, *rest))
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    _, along = torch.func.jvp(loss, (x.detach(),), (direction,))
+    torch.testing.assert_close(along, (expected * direction).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+        along = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    torch.testing.assert_close(along, (expected * direction).sum())
+
+
+@pytest.mark.parametrize("spec", FUSED_ON_CPU)
+def test_a_fused_backend_refuses_a_transform(spec: OpSpec) -> None:
+    sample = next(s for s in spec.samples if s.name == "plain")
+    (x, *rest), _ = arguments(sample)
+    with pytest.raises(BackendUnavailableError, match="only the reference runs under a functorch"):
+        torch.vmap(lambda x: spec.function(x, *rest, backend="cpp"))(x.detach()[None])
+
+
+@pytest.mark.parametrize("spec", OP)
+def test_meta_tensors_have_the_shapes(spec: OpSpec) -> None:
+    for sample in spec.samples:
+        args, kwargs = arguments(sample, torch.float32)
+        expected = spec.function(*args, **kwargs, backend="reference")
+        got = spec.function(*cast(args, torch.float32, "meta"), **cast(kwargs, torch.float32, "meta"))
+        for a, b in zip(got, expected, strict=True):
+            assert a.shape == b.shape, sample.name
+            assert a.dtype == b.dtype, sample.name
+
+
+@pytest.mark.parametrize("spec", FUSED_ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
+    """A fused call allocates its results and less than one output besides."""
+    workload = spec.workloads[0]
+    args, kwargs = spec.inputs(workload, dtype, "cpu", torch.Generator().manual_seed(0))
+    output = spec.function(*args, **kwargs, backend="cpp")[0]
+    size, grad = output.nbytes, torch.randn_like(output)
+    del output
+
+    def allocated(run: Any) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            result = run()
+        del result
+        return sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+
+    forward = allocated(lambda: spec.function(*args, **kwargs, backend="cpp"))
+    assert size <= forward < 1.5 * size
+    outputs = spec.function(*args, **kwargs, backend="cpp")
+    backward = allocated(lambda: torch.autograd.grad(outputs[0], tensors((args, kwargs)), grad))
+    assert size <= backward < 1.5 * size
+
+
+@pytest.mark.parametrize("value", ["reference", "tpu"])
+def test_environment_variable(value: str) -> None:
+    code = "import recattn_kernels.backends as b; print(b.requested('op', None))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "RECATTN_BACKEND": value}, capture_output=True, text=True
+    )
+    if value == "reference":
+        assert run.stdout.strip() == "reference"
+    else:
+        assert run.returncode != 0
+        assert "RECATTN_BACKEND must be one of auto" in run.stderr
