@@ -1,0 +1,91 @@
+# `make bench` and `make test` need Python 3.10 or newer with its headers, make and a C++ compiler, and start from nothing.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the gpu targets write their results.
+OUT ?= gpu-results
+# Seconds that a gpu target takes at most, its build included.
+GPU_LIMIT := 470
+GPU_BUILD := RECATTN_BUILD_CUDA=1 timeout $(GPU_LIMIT) python3 setup.py build_ext --inplace
+GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test lint aot demo gpu gpu-test gpu-check gpu-bench clean
+
+help:
+	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
+	@echo "make bench      what the kernels gain on this machine, on real data"
+	@echo "make test       the tests, then those that run in Triton's interpreter"
+	@echo "make lint       ruff and mypy"
+	@echo "make aot        every Triton kernel compiled for every GPU architecture, without a GPU"
+	@echo "make demo       the adding problem, small"
+	@echo "make gpu        gpu-test, gpu-check and gpu-bench, with the current python3 on an NVIDIA GPU; results in OUT=$(OUT)"
+	@echo "make clean      removes what builds left; $(VENV) keeps what it downloaded"
+
+$(VENV)/requirements.stamp: requirements-dev.txt
+	@echo "Installing requirements-dev.txt into $(VENV); torch is large: the first time takes minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The folders are listed too: their dates change when a source is added or removed.
+$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(wildcard csrc csrc/* csrc/*/*)
+	@echo "Building csrc"
+	@RECATTN_BUILD_CUDA=$${RECATTN_BUILD_CUDA:-0} $(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -c 'import runpy, sys; sys.exit(runpy.run_path("recattn_kernels/_build_info.py")["CPU"])'
+	@echo "Installing recattn_kernels into $(VENV), editable"
+	@RECATTN_BUILD_CUDA=$${RECATTN_BUILD_CUDA:-0} $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/build.stamp
+
+bench: setup
+	$(BIN)/python -m recattn_kernels bench
+
+test: setup
+	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+
+lint: $(VENV)/requirements.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: setup
+	$(BIN)/python -m pytest -q tests/test_aot.py --aot-full
+
+demo: setup
+	$(BIN)/python examples/adding_problem.py --quick
+
+gpu: gpu-test gpu-check gpu-bench
+
+# SECONDS is the shell's own count since the recipe began.
+gpu-test:
+	@set -eo pipefail; mkdir -p "$(OUT)"; $(GPU_BUILD); \
+	$(GPU_RUN) timeout $$(($(GPU_LIMIT) - SECONDS)) python3 -m pytest -q -p no:cacheprovider \
+		--junitxml="$(OUT)/gpu-test.xml" 2>&1 | tee "$(OUT)/gpu-test.log"
+
+# torch's caching allocator would hide most out-of-bounds accesses. Some virtual machines refuse the tool the device.
+gpu-check:
+	@set -eo pipefail; mkdir -p "$(OUT)"; $(GPU_BUILD); export PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
+	if ! command -v compute-sanitizer; then echo "gpu-check: no compute-sanitizer here: nothing was checked"; exit; fi; \
+	share=2; for tool in memcheck racecheck; do \
+		log="$(OUT)/gpu-check-$$tool.log"; status=0; limit=$$((($(GPU_LIMIT) - SECONDS) / share)); share=1; \
+		$(GPU_RUN) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $$limit compute-sanitizer --tool $$tool \
+			--target-processes application-only --error-exitcode 1 \
+			python3 -m recattn_kernels check --device cuda --quick 2>&1 | tee "$$log" || status=$$?; \
+		if grep -q "Device not supported" "$$log"; then echo "gpu-check: $$tool refused this device"; \
+		elif [ $$status != 0 ]; then echo "gpu-check: $$tool failed (exit status $$status)"; exit $$status; fi; \
+	done
+
+gpu-bench:
+	@set -eo pipefail; mkdir -p "$(OUT)"; $(GPU_BUILD); \
+	$(GPU_RUN) timeout $$(($(GPU_LIMIT) - SECONDS)) python3 -m recattn_kernels bench --device cuda \
+		--json "$(OUT)/gpu-bench.json" 2>&1 | tee "$(OUT)/gpu-bench.log"
+
+clean:
+	rm -rf build dist *.egg-info recattn_kernels/*.so recattn_kernels/_build_info.py $(VENV)/build.stamp
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
