@@ -21,7 +21,7 @@ class Sample:
     name: str
     make: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
     finite: bool = True  # False: the values hold NaN or infinity, compared where they fall rather than by error
-    smooth: bool = True  # False: on a kink or over a clip, where finite differences mean nothing
+    smooth: bool = True  # False: on a kink, over a clip, or with elements sharing memory: no finite differences
 
 
 @dataclass(frozen=True)
