@@ -150,7 +150,8 @@ def indrnn(
         state after the last step that was taken.
 
     Gradients: x, weight_hh, h0 and bias, of any order; forward-mode AD and functorch transforms run the reference.
-    They are deterministic. The state and every sum are float32, float64 for a float64 x.
+    They are deterministic. The state and every sum are float32, float64 for a float64 x. The derivative of act is taken
+    from output, so with a 16-bit x those of tanh and sigmoid carry its rounding, as in torch's own tanh and sigmoid.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
