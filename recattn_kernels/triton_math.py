@@ -3,6 +3,8 @@
 Comparisons are written with tl.where so that NaN passes through every one of them; tl.maximum would drop it.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -72,11 +74,11 @@ def derivative(h, negative_slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def keep_inside(h, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
-    """What is stored for h in DTYPE. Rounding to 16 bits may not carry h onto a bound of the activation: the derivative,
-    which is read off the stored value, would then be 0 where it is 1."""
-    if DTYPE != tl.float32:
-        BF16: tl.constexpr = DTYPE == tl.bfloat16
+def keep_inside(h, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
+    """What is stored for h in dtype. Rounding to 16 bits may not carry h onto a bound of the activation: the
+    derivative, which is read off the stored value, would then be 0 where it is 1."""
+    if dtype != tl.float32:
+        BF16: tl.constexpr = dtype == tl.bfloat16
         if ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "relu6":
             SMALLEST: tl.constexpr = 1e-38 if BF16 else 5.9604644775390625e-8
             h = tl.where((h > 0.0) & (h < SMALLEST), SMALLEST, h)

@@ -1,0 +1,171 @@
+"""IndRNN in Triton: configurations, launches, and what is compiled ahead of time. The kernels: triton_kernels.py."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_backward, empty_forward
+from recattn_kernels.ops.indrnn.triton_kernels import backward_kernel, forward_kernel, sum_rows_kernel
+from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants, guard, machine
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Config(NamedTuple):
+    steps: int
+    num_warps: int
+    registers: int  # the budget that tests/test_aot.py holds the kernel to
+
+
+# Little's law: a GPU needs tens of KB of loads in flight on each multiprocessor. Few columns get them from many steps
+# of each, many columns from many lanes, for which a lane must be small. A slow step (an exponential on the path from
+# one to the next, or registers spent on reset and lengths) needs fewer ahead.
+FORWARD = {"few": Config(32, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 64)}
+BACKWARD = {"few": Config(16, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 80)}
+FEW = 512  # columns a multiprocessor
+SUM = {"ROWS": 64, "BLOCK": 32}
+
+
+def config(table: dict[str, Config], call: Call, on: Machine) -> Config:
+    _, batch, hidden = call.sizes
+    if batch * hidden > FEW * on.multiprocessors:
+        return table["many"]
+    slow = call.activation in ("tanh", "sigmoid") or call.reset is not None or call.lengths is not None
+    return table["few slow" if slow else "few"]
+
+
+def contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """x itself where its last dimension is contiguous, else a copy."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
+    if x is None:
+        return {f"{name}_ptr": None, f"{name}_stride_t": 0, f"{name}_stride_b": 0}
+    return {f"{name}_ptr": x, f"{name}_stride_t": x.stride(time), f"{name}_stride_b": x.stride(1 - time)}
+
+
+def common(call: Call, table: dict[str, Config], on: Machine) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    """Grid, warps, and the arguments that both directions take."""
+    T, B, H = call.sizes
+    steps, num_warps, _ = config(table, call, on)
+    block = num_warps * on.lanes
+    lengths = None if call.lengths is None else call.lengths.to(call.x.device).contiguous()
+    args = {
+        "weight_hh_ptr": call.weight_hh.contiguous(), "h0_ptr": contiguous(call.h0), "lengths_ptr": lengths,
+        "T": T, "B": B, "H": H, "negative_slope": call.negative_slope, "ACTIVATION": call.activation,
+        "REVERSE": call.reverse, "STEPS": steps, "BLOCK": block,
+    }  # fmt: skip
+    reset = None if call.reset is None else call.reset.view(torch.uint8)
+    return (triton.cdiv(B * H, block),), num_warps, args | strided("reset", reset, call.time)
+
+
+def forward_launch(call: Call, output: Tensor, h_n: Tensor, on: Machine) -> Launch:
+    grid, num_warps, args = common(call, FORWARD, on)
+    args |= {"bias_ptr": contiguous(call.bias), "h_n_ptr": h_n}
+    args |= strided("x", contiguous_rows(call.x), call.time) | strided("output", output, call.time)
+    return Launch(forward_kernel, grid, args, num_warps)
+
+
+def backward_launches(
+    grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call, grads: tuple[Tensor, ...], on: Machine
+) -> tuple[Launch, Launch]:
+    _, B, H = call.sizes
+    grad_x, grad_weight_hh, grad_h0, grad_bias = grads
+    rows = call.x.new_empty((2, B, H), dtype=torch.float32)
+    grid, num_warps, args = common(call, BACKWARD, on)
+    args |= {
+        "grad_h_n_ptr": contiguous(grad_h_n), "grad_h0_ptr": None if call.h0 is None else grad_h0,
+        "rows_ptr": rows, "grad_clip": call.grad_clip,
+    }  # fmt: skip
+    args |= strided("grad_output", contiguous_rows(grad_output), call.time)
+    args |= strided("output", contiguous_rows(call.x), call.time) | strided("grad_x", grad_x, call.time)
+    sums = {
+        "rows_ptr": rows, "grad_weight_hh_ptr": grad_weight_hh,
+        "grad_bias_ptr": None if call.bias is None else grad_bias, "B": B, "H": H, **SUM,
+    }  # fmt: skip
+    return Launch(backward_kernel, grid, args, num_warps), Launch(
+        sum_rows_kernel, (triton.cdiv(H, SUM["BLOCK"]),), sums, num_warps=4
+    )
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    output, h_n = empty_forward(call)
+    if h_n.numel() > 0:
+        with guard(output):
+            forward_launch(call, output, h_n, machine(output)).run()
+    return output, h_n
+
+
+def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = empty_backward(call)
+    if call.x.shape[1 - call.time] * call.x.shape[2] > 0:
+        with guard(call.x):
+            for launch in backward_launches(grad_output, grad_h_n, call, grads, machine(call.x)):
+                launch.run()
+    else:
+        for grad in grads:
+            grad.zero_()
+    return grads
+
+
+# Ahead of time: see tests/test_aot.py
+
+
+def example(
+    on: Machine, activation: str, dtype: torch.dtype, gated: bool, reverse: bool, few: bool, T: int = 100, B: int = 3
+) -> tuple[Call, tuple[Launch, ...]]:
+    """A call on the meta device, with every optional argument (gated) or with none, and what it launches."""
+    H = 7 if few else 777
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    call = Call(
+        empty(T, B, H), empty(H), empty(B, H) if gated else None, empty(H) if gated else None,
+        empty(T, B, dtype=torch.bool) if gated else None, empty(B, dtype=torch.int64) if gated else None,
+        activation, 0.01, reverse, False, 1.0 if gated else None, "auto",
+    )  # fmt: skip
+    output, h_n = empty_forward(call)
+    grads = empty_backward(call)
+    backward = backward_launches(output, h_n if gated else None, call, grads, on)
+    return call, (forward_launch(call, output, h_n, on), *backward)
+
+
+def aot_variants(lanes: int, full: bool) -> Variants:
+    """Launches that cover the kernels; in full, every activation, dtype, option and size."""
+    on = Machine(lanes, 1)
+    every = itertools.product(ACTIVATIONS, DTYPES, (False, True), (False, True), (False, True))
+    some = (
+        ("relu", torch.float32, False, False, True),
+        ("tanh", torch.bfloat16, True, False, False),
+        ("relu6", torch.float16, True, True, True),
+        ("leaky_relu", torch.float32, False, False, False),
+        ("sigmoid", torch.bfloat16, False, True, True),
+    )
+    for activation, dtype, gated, reverse, few in every if full else some:
+        words = (activation, str(dtype).removeprefix("torch."), "gated" * gated, "reverse" * reverse, "few" * few)
+        name = "-".join(filter(None, words))
+        call, (forward, backward, sums) = example(on, activation, dtype, gated, reverse, few)
+        yield Variant(f"forward-{name}", forward, config(FORWARD, call, on).registers)
+        yield Variant(f"backward-{name}", backward, config(BACKWARD, call, on).registers)
+        if activation == "relu" and not reverse and few:
+            yield Variant(f"sum-rows-{name}", sums, 64)
+
+
+def aot_same(lanes: int) -> SameCompilation:
+    """Launches that differ in T and B alone, and in the strides that follow from them."""
+    for gated in (False, True):
+        yield [
+            example(Machine(lanes, 1), "relu", torch.bfloat16, gated, gated, True, T, B)[1]
+            for T, B in ((1, 1), (2, 1), (1, 16), (16, 16), (784, 32), (100_000, 73))
+        ]

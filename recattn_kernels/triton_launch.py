@@ -1,0 +1,103 @@
+"""How the Triton kernels of every op are launched, and compiled ahead of time without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """triton.jit for a kernel that is compiled once, whatever the sizes (one letter each), strides or alignment."""
+    names = list(inspect.signature(function).parameters)
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in names if len(name) == 1 or "_stride_" in name],
+        do_not_specialize_on_alignment=[name for name in names if name.endswith("_ptr")],
+    )
+
+
+class Machine(NamedTuple):
+    """What a default configuration depends on."""
+
+    lanes: int  # of a warp, or of an AMD wavefront
+    multiprocessors: int
+
+
+# The interpreter's, so small that the tests' samples meet the configurations for few and for many columns.
+INTERPRETER = Machine(lanes=32, multiprocessors=1)
+
+
+@functools.cache
+def _gpu(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    return Machine(64 if torch.version.hip else 32, properties.multi_processor_count)
+
+
+def machine(x: Tensor) -> Machine:
+    return _gpu(x.device.index) if x.device.type == "cuda" else INTERPRETER
+
+
+def guard(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments by name, constexprs included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    # 1: the kernels issue their loads ahead themselves. Sums of products may be fused: it only drops a rounding.
+    options: dict[str, Any] = field(default_factory=lambda: {"num_stages": 1, "enable_fp_fusion": True})
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.args, num_warps=self.num_warps, **self.options)
+
+    def specialisation(self, target: GPUTarget) -> tuple[Any, ...]:
+        """Options, signature, constexprs and attributes that a call with these arguments is compiled for on target.
+
+        The tensors may be on the meta device. It is the code that a launch itself goes through: two launches with the
+        same answer share one compilation.
+        """
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        kwargs = {"num_warps": self.num_warps, **self.options, "debug": False}
+        bound, specialisation, _ = bind(**self.args, **kwargs)
+        options, *rest = self.kernel._pack_args(backend, kwargs, bound, specialisation, None)
+        return (options, *rest)
+
+    def compile(self, target: GPUTarget) -> Any:
+        """The kernel compiled for target, which need not be present."""
+        options, signature, constexprs, attributes = self.specialisation(target)
+        return triton.compile(
+            ASTSource(self.kernel, signature, constexprs, attributes), target=target, options=options.__dict__
+        )
+
+
+class Variant(NamedTuple):
+    """A launch that must compile for every architecture within a budget of registers a thread, with no spills."""
+
+    name: str
+    launch: Launch
+    registers: int
+
+
+# What an op's triton.py declares for tests/test_aot.py: aot_variants(lanes, full) -> Variants, and aot_same(lanes) ->
+# SameCompilation, groups of calls (the launches of each, in order) that must share their compilations.
+Variants = Iterator[Variant]
+SameCompilation = Iterator[list[tuple[Launch, ...]]]

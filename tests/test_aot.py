@@ -1,0 +1,105 @@
+"""The GPU kernels compiled without a GPU: that every architecture takes them, in how many registers, and how often.
+
+An op takes part by what its triton.py declares: aot_variants and aot_same (see recattn_kernels/triton_launch.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import INTERPRETING
+
+from recattn_kernels import backends, registry
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_compiler = pytest.mark.skipif(
+    not HAS_TRITON or INTERPRETING, reason="Triton is not installed, or interprets its kernels"
+)
+# backend, architecture, lanes of a warp, registers there for each in a kernel's budget, which is meant for NVIDIA's
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 1.0),
+    "sm_90": ("cuda", 90, 32, 1.0),
+    "sm_100": ("cuda", 100, 32, 1.0),
+    "gfx942": ("hip", "gfx942", 64, 1.5),
+}
+TRITON_OPS = [spec.name for spec in registry.OPS if "triton" in spec.backends]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" not in metafunc.fixturenames:
+        return
+    full = metafunc.config.getoption("--aot-full")
+    cases: list[Any] = []
+    for name, (_, _, lanes, _) in TARGETS.items():
+        for op in TRITON_OPS if HAS_TRITON and not INTERPRETING else ():
+            variants = backends.load(op, "triton").aot_variants(lanes, full)
+            cases += [pytest.param(name, variant, id=f"{name}-{op}-{variant.name}") for variant in variants]
+    metafunc.parametrize("target, variant", cases)
+
+
+def resources(target: str, compiled: Any, folder: Path) -> tuple[int, int]:
+    """Registers a thread, and what was spilled: bytes of stack on NVIDIA, vector registers on AMD."""
+    import triton
+
+    if target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        found = [re.search(rf"\.{name}:\s+(\d+)", assembly) for name in ("vgpr_count", "vgpr_spill_count")]
+    else:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [cuobjdump, "--dump-resource-usage", cubin]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = [re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK")]
+    registers, spilled = (int(match[1]) for match in found if match is not None)
+    return registers, spilled
+
+
+@needs_compiler
+def test_triton_compiles_within_its_budget(target: str, variant: Any, tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    backend, architecture, lanes, share = TARGETS[target]
+    compiled = variant.launch.compile(GPUTarget(backend, architecture, lanes))
+    registers, spilled = resources(target, compiled, tmp_path)
+    assert spilled == 0
+    assert registers <= variant.registers * share
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_triton_does_not_recompile(op: str, target: str) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    backend, architecture, lanes, _ = TARGETS[target]
+    for calls in backends.load(op, "triton").aot_same(lanes):
+        for launches in zip(*calls, strict=True):
+            keys = [launch.specialisation(GPUTarget(backend, architecture, lanes)) for launch in launches]
+            assert all(key == keys[0] for key in keys)
+
+
+def cuda_sources() -> Iterator[Path]:
+    yield from sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+@pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in cuda_sources()])
+def test_cuda_compiles_without_spills(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2", "-Xptxas", "-v", "-fatbin"]
+    for architecture in ("80", "90") if request.config.getoption("--aot-full") else ("90",):
+        options += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command = ["nvcc", *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores", result.stderr)
+    assert len(spills) > 0
+    assert not any(map(int, spills)), result.stderr
