@@ -1,0 +1,282 @@
+// IndRNN (Li et al., 2018) on an NVIDIA GPU: h[t] = act(x[t] + bias + weight_hh * h[t-1]).
+//
+// A thread owns one column (b, h), or two adjacent ones of a 16-bit type, and walks over time.
+#include <stdexcept>
+#include <string>
+
+#include "stream.cuh"
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+constexpr int MAX_THREADS = 128;
+
+// What both directions know about a thread's columns. GATED: there are resets or lengths.
+template <class E, bool GATED>
+struct Columns {
+  static constexpr int N = E::COLUMNS;
+  int64_t first, b, h, length;
+  float u[N];
+
+  __device__ explicit Columns(const Indrnn& p) : first((int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N) {
+    if (!exist(p)) return;
+    b = first / p.H;
+    h = first % p.H;
+    for (int j = 0; j < N; ++j) u[j] = load(p.weight_hh, h + j);
+    length = p.T;
+    if (GATED && p.lengths) length = p.lengths[b] < 0 ? 0 : (p.lengths[b] > p.T ? p.T : p.lengths[b]);
+  }
+  __device__ bool exist(const Indrnn& p) const { return first < p.B * p.H; }
+
+  __device__ Walk<typename E::Word> walk(const Indrnn& p, const Sequence& s, bool backwards) const {
+    return {s.data, b * s.stride_b + h, s.stride_t, int64_t(sizeof(typename E::Word)) / N, p.T, backwards};
+  }
+  // A row's resets are few bytes that its columns share through the cache: plain loads, a chunk ahead.
+  __device__ Stream<uint8_t, false> resets(const Indrnn& p, bool backwards) const {
+    uint8_t* data = GATED ? const_cast<uint8_t*>(p.reset) : nullptr;
+    return {Walk<uint8_t>(data, b * p.reset_stride_b, p.reset_stride_t, 1, p.T, backwards), p.T, nullptr, 1};
+  }
+};
+
+template <class E, Activation A, bool GATED>
+__global__ void __launch_bounds__(MAX_THREADS) forward_kernel(const __grid_constant__ IndrnnForward p, int depth) {
+  using Word = typename E::Word;
+  constexpr int N = E::COLUMNS;
+  extern __shared__ uint32_t ring[];
+  const Columns<E, GATED> columns(p);
+  if (!columns.exist(p)) return;
+
+  float state[N], bias[N];
+  for (int j = 0; j < N; ++j) {
+    state[j] = load(p.h0, columns.first + j);
+    bias[j] = load(p.bias, columns.h + j);
+  }
+  Walk<Word> out = columns.walk(p, p.output, p.reverse);
+  Stream<Word, E::ASYNC> xs(columns.walk(p, p.x, p.reverse), p.T, ring, depth);
+  auto resets = columns.resets(p, p.reverse);
+
+  const auto take = [&](int64_t step, Word word, uint8_t reset) {
+    const bool taken = !GATED || (p.reverse ? p.T - 1 - step : step) < columns.length;
+    float x[N], output[N];
+    E::unpack(word, x);
+    for (int j = 0; j < N; ++j) {
+      const float before = GATED && reset ? 0.0f : state[j];
+      const float h = activate<A>(x[j] + bias[j] + columns.u[j] * before, p.negative_slope);
+      output[j] = taken ? E::template inside<A>(h) : 0.0f;
+      state[j] = taken ? h : state[j];
+    }
+    *out.at = E::pack(output);
+    out.advance();
+  };
+
+  for (int i = 0; i < depth; ++i) {
+    xs.copy();
+    if (E::ASYNC) __pipeline_commit();
+  }
+  if (GATED) resets.copy();
+  Word words[CHUNK];
+  uint8_t reset[CHUNK] = {};
+  for (int64_t step = 0; step < p.T; step += CHUNK) {
+    if (E::ASYNC) wait_chunk(depth);
+    xs.read(words);
+    xs.copy();
+    if (E::ASYNC) __pipeline_commit();
+    if (GATED) {
+      resets.read(reset);
+      resets.copy();
+    }
+    if (step + CHUNK <= p.T) {
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) take(step + i, words[i], reset[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < CHUNK - 1; ++i) {
+        if (step + i < p.T) take(step + i, words[i], reset[i]);
+      }
+    }
+  }
+  for (int j = 0; j < N; ++j) store(p.h_n, columns.first + j, state[j]);
+}
+
+// g[t] = clip(dy[t] + weight_hh * g[t+1]) * act'(h[t]);  dx = g;  dweight_hh = sum g[t] * h[t-1];  dbias = sum g
+template <class E, Activation A, bool GATED>
+__global__ void __launch_bounds__(MAX_THREADS) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
+  using Word = typename E::Word;
+  constexpr int N = E::COLUMNS;
+  extern __shared__ uint32_t ring[];
+  const Columns<E, GATED> columns(p);
+  if (!columns.exist(p)) return;
+
+  float flow[N], start[N], h[N] = {}, du[N] = {}, db[N] = {};  // flow = dL/dh[t] from the steps taken later
+  for (int j = 0; j < N; ++j) {
+    flow[j] = load(p.grad_h_n, columns.first + j);
+    start[j] = load(p.h0, columns.first + j);
+  }
+  Walk<Word> dx = columns.walk(p, p.grad_x, !p.reverse);
+  // h[t-1] is read one step ahead of h[t], which it becomes: every value of output is loaded once.
+  Walk<Word> h_walk = columns.walk(p, p.output, !p.reverse);
+  if (p.T > 0) E::unpack(*h_walk.at, h);
+  h_walk.advance();
+  Stream<Word, E::ASYNC> hs(h_walk, p.T - 1, ring, depth);
+  Stream<Word, E::ASYNC> dys(columns.walk(p, p.grad_output, !p.reverse), p.T, ring + depth * CHUNK * blockDim.x, depth);
+  auto resets = columns.resets(p, !p.reverse);
+
+  const auto take = [&](int64_t step, Word h_word, Word dy_word, uint8_t reset) {
+    const bool taken = !GATED || (p.reverse ? step : p.T - 1 - step) < columns.length;
+    const bool has_before = step + 1 < (GATED && p.reverse ? columns.length : p.T);
+    float h_before[N], dy[N];
+    E::unpack(h_word, h_before);
+    E::unpack(dy_word, dy);
+    for (int j = 0; j < N; ++j) {
+      const float before = GATED && reset ? 0.0f : (has_before ? h_before[j] : start[j]);
+      const float g = clamp_symmetric(dy[j] + flow[j], p.grad_clip) * derivative<A>(h[j], p.negative_slope);
+      dy[j] = taken ? g : 0.0f;
+      du[j] = taken ? du[j] + g * before : du[j];
+      db[j] += dy[j];
+      const float to_before = GATED && reset ? 0.0f : columns.u[j] * g;
+      flow[j] = taken ? to_before : flow[j];
+      h[j] = h_before[j];
+    }
+    *dx.at = E::pack(dy);
+    dx.advance();
+  };
+
+  for (int i = 0; i < depth; ++i) {
+    hs.copy();
+    dys.copy();
+    if (E::ASYNC) __pipeline_commit();
+  }
+  if (GATED) resets.copy();
+  Word h_words[CHUNK], dy_words[CHUNK];
+  uint8_t reset[CHUNK] = {};
+  for (int64_t step = 0; step < p.T; step += CHUNK) {
+    if (E::ASYNC) wait_chunk(depth);
+    hs.read(h_words);
+    dys.read(dy_words);
+    hs.copy();
+    dys.copy();
+    if (E::ASYNC) __pipeline_commit();
+    if (GATED) {
+      resets.read(reset);
+      resets.copy();
+    }
+    if (step + CHUNK < p.T) {
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) take(step + i, h_words[i], dy_words[i], reset[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < CHUNK; ++i) {
+        if (step + i < p.T) take(step + i, h_words[i], dy_words[i], reset[i]);
+      }
+    }
+  }
+  for (int j = 0; j < N; ++j) {
+    p.grad_columns[columns.first + j] = du[j];
+    p.grad_columns[p.B * p.H + columns.first + j] = db[j];
+    store(p.grad_h0, columns.first + j, flow[j]);
+  }
+}
+
+constexpr int SUM_ROWS = 32;
+
+// Sums the rows' weight gradients, in an order that depends on the sizes alone. One warp a slice of the rows.
+__global__ void __launch_bounds__(32 * SUM_ROWS) sum_rows_kernel(const __grid_constant__ IndrnnBackward p) {
+  __shared__ float partial[SUM_ROWS][33];
+  const int64_t h = int64_t(blockIdx.x) * 32 + threadIdx.x;
+  const Plain to = blockIdx.y ? p.grad_bias : p.grad_weight_hh;
+  const float* rows = p.grad_columns + blockIdx.y * p.B * p.H;
+  float sum = 0.0f;
+  if (h < p.H) {
+#pragma unroll 4
+    for (int64_t b = threadIdx.y; b < p.B; b += SUM_ROWS) sum += rows[b * p.H + h];
+  }
+  partial[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || h >= p.H) return;
+  for (int i = 1; i < SUM_ROWS; ++i) sum += partial[i][threadIdx.x];
+  store(to, h, sum);
+}
+
+void check(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+template <class E, class P>
+void launch(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream, const char* what) {
+  const int64_t threads = (p.B * p.H + E::COLUMNS - 1) / E::COLUMNS;
+  if (threads == 0) return;
+  const bool few = threads <= 192 * int64_t(multiprocessors());
+  const int block = few ? 32 : MAX_THREADS;
+  const int depth = E::ASYNC ? (few ? DEEP : SHALLOW) : 1;
+  const size_t shared = E::ASYNC ? ring_bytes(streams, depth, block) : 0;
+  kernel<<<unsigned((threads + block - 1) / block), block, shared, stream>>>(p, depth);
+  check(what);
+}
+
+// True where every pair of columns (2i, 2i + 1) is one aligned word.
+bool paired(const Indrnn& p, std::initializer_list<const Sequence*> sequences) {
+  bool even = p.H % 2 == 0;
+  for (const Sequence* s : sequences) {
+    even = even && reinterpret_cast<uintptr_t>(s->data) % 4 == 0 && s->stride_t % 2 == 0 && s->stride_b % 2 == 0;
+  }
+  return even;
+}
+
+template <class E, class F>
+void by_activation(Activation a, F f) {
+  switch (a) {
+    case Activation::relu: return f.template operator()<E, Activation::relu>();
+    case Activation::tanh: return f.template operator()<E, Activation::tanh>();
+    case Activation::sigmoid: return f.template operator()<E, Activation::sigmoid>();
+    case Activation::identity: return f.template operator()<E, Activation::identity>();
+    case Activation::leaky_relu: return f.template operator()<E, Activation::leaky_relu>();
+    case Activation::relu6: return f.template operator()<E, Activation::relu6>();
+    case Activation::hardtanh: return f.template operator()<E, Activation::hardtanh>();
+  }
+}
+
+template <class F>
+void by_element(const Indrnn& p, bool pairs, F f) {
+  switch (p.dtype) {
+    case Dtype::float32: return by_activation<One32>(p.activation, f);
+    case Dtype::bfloat16:
+      return pairs ? by_activation<Two16<BFloat16>>(p.activation, f) : by_activation<One16<BFloat16>>(p.activation, f);
+    case Dtype::float16:
+      return pairs ? by_activation<Two16<Float16>>(p.activation, f) : by_activation<One16<Float16>>(p.activation, f);
+  }
+}
+
+}  // namespace
+}  // namespace RECATTN_ISA
+
+using namespace RECATTN_ISA;
+
+void indrnn_forward(const IndrnnForward& p, cudaStream_t stream) {
+  const bool gated = p.reset || p.lengths;
+  by_element(p, paired(p, {&p.x, &p.output}), [&]<class E, Activation A>() {
+    const auto kernel = gated || !E::ASYNC ? forward_kernel<E, A, true> : forward_kernel<E, A, !E::ASYNC>;
+    launch<E>(kernel, p, 1, stream, "indrnn: the forward kernel");
+  });
+}
+
+void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream) {
+  const bool gated = p.reset || p.lengths;
+  by_element(p, paired(p, {&p.grad_output, &p.output, &p.grad_x}), [&]<class E, Activation A>() {
+    const auto kernel = gated || !E::ASYNC ? backward_kernel<E, A, true> : backward_kernel<E, A, !E::ASYNC>;
+    launch<E>(kernel, p, 2, stream, "indrnn: the backward kernel");
+  });
+  if (p.H == 0) return;
+  sum_rows_kernel<<<dim3(unsigned((p.H + 31) / 32), 2), dim3(32, SUM_ROWS), 0, stream>>>(p);
+  check("indrnn: the sum over the batch");
+}
+
+}  // namespace recattn

@@ -1,0 +1,164 @@
+// Reading a sequence step by step with many steps in flight.
+//
+// A recurrence knows every address beforehand, but each thread has one step to do at a time: left to itself it would
+// wait for memory at every step. Each thread therefore copies its own column ahead into a ring in shared memory
+// (cp.async), CHUNK steps a group. Nothing is shared between threads, so nothing is synchronised.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+
+#include "kernels.h"
+
+namespace recattn {
+namespace RECATTN_ISA {
+
+// The 16-bit types. smallest() and below() serve keep_inside in cells.h.
+struct BFloat16 {
+  static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it
+  static constexpr float below(float bound) { return bound == 6.0f ? 5.96875f : 0.99609375f; }
+  static __device__ float load(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
+  static __device__ uint16_t store(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+};
+
+struct Float16 {
+  static constexpr float smallest() { return 5.9604644775390625e-8f; }  // 2^-24
+  static constexpr float below(float bound) { return bound == 6.0f ? 5.99609375f : 0.99951171875f; }
+  static __device__ float load(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static __device__ uint16_t store(float v) { return __half_as_ushort(__float2half_rn(v)); }
+};
+
+// What a thread reads and writes at a step: COLUMNS adjacent columns in one Word. cp.async takes 4 bytes or more.
+struct One32 {
+  using Word = float;
+  static constexpr int COLUMNS = 1;
+  static constexpr bool ASYNC = true;
+  static __device__ void unpack(Word w, float (&v)[1]) { v[0] = w; }
+  static __device__ Word pack(const float (&v)[1]) { return v[0]; }
+  template <Activation A>
+  static __device__ float inside(float h) { return h; }
+};
+
+template <class S>
+struct Two16 {
+  using Word = uint32_t;
+  static constexpr int COLUMNS = 2;
+  static constexpr bool ASYNC = true;
+  static __device__ void unpack(Word w, float (&v)[2]) {
+    v[0] = S::load(uint16_t(w));
+    v[1] = S::load(uint16_t(w >> 16));
+  }
+  static __device__ Word pack(const float (&v)[2]) { return S::store(v[0]) | uint32_t(S::store(v[1])) << 16; }
+  template <Activation A>
+  static __device__ float inside(float h) { return keep_inside<A, S>(h); }
+};
+
+template <class S>
+struct One16 {
+  using Word = uint16_t;
+  static constexpr int COLUMNS = 1;
+  static constexpr bool ASYNC = false;
+  static __device__ void unpack(Word w, float (&v)[1]) { v[0] = S::load(w); }
+  static __device__ Word pack(const float (&v)[1]) { return S::store(v[0]); }
+  template <Activation A>
+  static __device__ float inside(float h) { return keep_inside<A, S>(h); }
+};
+
+constexpr int CHUNK = 8;  // steps in one group of copies
+// Chunks in the ring. Few columns cannot fill the machine otherwise than by depth; many must not use up shared memory.
+constexpr int DEEP = 16, SHALLOW = 4;
+
+constexpr size_t ring_bytes(int streams, int depth, int threads) { return size_t(4) * streams * depth * CHUNK * threads; }
+
+// Waits for the oldest of `depth` groups of copies.
+__device__ inline void wait_chunk(int depth) {
+  if (depth == DEEP) {
+    __pipeline_wait_prior(DEEP - 1);
+  } else {
+    __pipeline_wait_prior(SHALLOW - 1);
+  }
+}
+
+// A pointer that walks over a sequence at one column, in the order in which steps are taken.
+template <class Word>
+struct Walk {
+  Word* at = nullptr;
+  int64_t next = 0;
+  Walk() = default;
+  __device__ Walk(void* data, int64_t offset, int64_t stride_t, int64_t element, int64_t T, bool backwards) {
+    if (data == nullptr) return;
+    const int64_t first = backwards ? (T - 1) * stride_t : 0;
+    at = reinterpret_cast<Word*>(static_cast<char*>(data) + (offset + first) * element);
+    next = (backwards ? -stride_t : stride_t) * element;
+  }
+  __device__ void advance(int64_t steps = 1) {
+    at = reinterpret_cast<Word*>(reinterpret_cast<uintptr_t>(at) + steps * next);
+  }
+};
+
+// The steps [0, end) of a walk, CHUNK at a time: `copy` starts the next chunk on its way, `read` takes the oldest.
+template <class Word, bool ASYNC>
+class Stream {
+ public:
+  __device__ Stream(Walk<Word> walk, int64_t end, void* ring, int depth)
+      : walk_(walk), left_(end), ring_(static_cast<Word*>(ring) + threadIdx.x), depth_(depth) {}
+
+  __device__ void copy() {
+    if (walk_.at == nullptr) return;
+    const int count = left_ < CHUNK ? int(left_) : CHUNK;
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+      if (i < count) {
+        if constexpr (ASYNC) {
+          __pipeline_memcpy_async(slot(into_, i), walk_.at, sizeof(Word));
+        } else {
+          ahead_[i] = *walk_.at;
+        }
+      }
+      walk_.advance();
+    }
+    left_ -= CHUNK;
+    into_ = into_ + 1 == depth_ ? 0 : into_ + 1;
+  }
+
+  __device__ void read(Word (&words)[CHUNK]) {
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+      if constexpr (ASYNC) {
+        words[i] = walk_.at == nullptr ? Word(0) : *slot(from_, i);
+      } else {
+        words[i] = walk_.at == nullptr ? Word(0) : ahead_[i];
+      }
+    }
+    from_ = from_ + 1 == depth_ ? 0 : from_ + 1;
+  }
+
+ private:
+  __device__ Word* slot(int chunk, int i) { return ring_ + (chunk * CHUNK + i) * blockDim.x; }
+
+  Walk<Word> walk_;
+  int64_t left_;
+  Word* ring_;
+  int depth_, into_ = 0, from_ = 0;
+  Word ahead_[ASYNC ? 1 : CHUNK] = {};
+};
+
+__device__ inline float load(const Plain& x, int64_t i) {
+  if (x.data == nullptr) return 0.0f;
+  if (x.dtype == Dtype::float32) return static_cast<const float*>(x.data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(x.data)[i];
+  return x.dtype == Dtype::bfloat16 ? BFloat16::load(bits) : Float16::load(bits);
+}
+
+__device__ inline void store(const Plain& x, int64_t i, float v) {
+  if (x.data == nullptr) return;
+  if (x.dtype == Dtype::float32) {
+    static_cast<float*>(x.data)[i] = v;
+  } else {
+    static_cast<uint16_t*>(x.data)[i] = x.dtype == Dtype::bfloat16 ? BFloat16::store(v) : Float16::store(v);
+  }
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn
