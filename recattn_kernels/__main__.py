@@ -1,0 +1,4 @@
+from recattn_kernels.cli import main
+
+if __name__ == "__main__":
+    main()

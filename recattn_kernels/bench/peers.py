@@ -1,0 +1,159 @@
+"""What is timed for each op: its backends, and beside them what people use today.
+
+A later op adds one function to PEERS. The first row of a group ("", "layer") is the one that the others are compared
+with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recattn_kernels import backends
+from recattn_kernels.conformance import differentiable
+from recattn_kernels.spec import OpSpec, Workload
+
+Cost = Callable[[bool], tuple[int, int]]
+
+# What the names of rows stand for, printed below the tables.
+NOTES = {
+    "relu": "torch.relu(x): a pass that reads and writes as many bytes and computes next to nothing",
+    "compile": "torch.compile of the reference, static shapes",
+    "compile/": "torch.compile of N steps of the reference, called in a loop: compiling all takes minutes",
+    "layer:": "a whole layer of width H over an input of width H, its input projection included",
+}
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One row to be: a call, and what it should compute."""
+
+    name: str
+    call: Callable[[], Any]
+    args: tuple[Any, ...]  # those that require grad are what a backward differentiates by
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # The same in plain PyTorch, of args and kwargs. None: there is nothing to check, as the row is the reference
+    # itself, a yardstick, or another model.
+    definition: Callable[..., Any] | None = None
+    cost: Cost | None = None  # whether with backward -> bytes, FLOPs; None: the op's own
+    ours: bool = False  # if it fails, the package has failed
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return differentiable(self.args, dict(self.kwargs))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload, in a dtype, on a device, with its inputs."""
+
+    spec: OpSpec
+    workload: Workload
+    dtype: torch.dtype
+    device: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    compile: bool
+
+    def impl(self, name: str, call: Callable[..., Any], **options: Any) -> Impl:
+        """A row that calls call(*args, **kwargs) of the op."""
+        return Impl(name, functools.partial(call, *self.args, **self.kwargs), self.args, self.kwargs, **options)
+
+
+def build(case: Case, backend: str | None) -> tuple[list[Impl], dict[str, str]]:
+    """Every row of a case, and {backend: reason} for those that cannot run it. backend: leaves out the other fused."""
+    reasons = backends.explain(case.spec.name, *case.args, **case.kwargs)
+    named = [name for name in case.spec.backends if backend in (None, name)]
+    refused = {name: reason for name in named if (reason := reasons[name]) is not None}
+    function = case.spec.function
+    definition = functools.partial(function, backend="reference")
+    impls = [
+        case.impl(name, functools.partial(function, backend=name), definition=definition, ours=True)
+        for name in named
+        if name not in refused
+    ]
+    impls.append(case.impl("reference", definition))
+    if case.spec.name in PEERS:
+        impls += PEERS[case.spec.name](case, definition)
+    return impls, refused
+
+
+def _indrnn(case: Case, definition: Callable[..., Any]) -> list[Impl]:
+    x, _ = case.args
+    T, B, H = (case.workload.sizes[name] for name in "TBH")
+    impls = []
+    if case.compile:
+        # Inductor unrolls the loop and takes about a second for four steps: a whole sequence of 784 takes minutes.
+        steps = T if T <= 64 else next((n for n in range(32, 15, -1) if T % n == 0), 32)
+        run = _compiled(definition) if steps == T else _in_chunks(definition, steps)
+        name = "compile" if steps == T else f"compile/{steps}"
+        impls.append(case.impl(name, run, definition=definition))
+    impls.append(Impl("relu", functools.partial(torch.relu, x), (x,)))
+    return impls + _indrnn_layers(case, T, B, H)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    chunk = _compiled(definition)
+
+    def run(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        # Like the states that follow it, the first requires grad: one compilation then serves every chunk.
+        h = x.new_zeros(x.shape[1:]).requires_grad_(torch.is_grad_enabled())
+        outputs = []
+        for part in x.split(steps):
+            output, h = chunk(part, u, h)
+            outputs.append(output)
+        return torch.cat(outputs), h
+
+    return run
+
+
+def _indrnn_layers(case: Case, T: int, B: int, H: int) -> list[Impl]:
+    from recattn_kernels.layers.indrnn import IndRNN
+
+    def cost(gates: int, recurrent: int, backward: bool) -> tuple[int, int]:
+        """recurrent: multiply-adds that a state costs."""
+        n, weights = T * B * H, gates * H * (H + recurrent)
+        # Forward: reads input and weights, writes output. Backward: reads grad_output, output, input and weights,
+        # writes the gradients of input and weights.
+        moved = 6 * n + 3 * weights if backward else 2 * n + weights
+        return moved * case.dtype.itemsize, (3 if backward else 1) * 2 * n * gates * (H + recurrent)
+
+    factory: Mapping[str, Any] = {"device": case.device, "dtype": case.dtype}
+    torch.manual_seed(0)
+    input = torch.randn(T, B, H, **factory).requires_grad_()
+    ours = IndRNN(H, H, recurrent_max=2 ** (1 / T), **factory)
+    layers: Sequence[tuple[str, nn.Module, Cost]] = (
+        ("layer:nn.RNN(relu)", nn.RNN(H, H, nonlinearity="relu", **factory), functools.partial(cost, 1, H)),
+        ("layer:nn.LSTM", nn.LSTM(H, H, **factory), functools.partial(cost, 4, H)),
+    )
+
+    def definition(input: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> Any:
+        output, h_n = case.spec.function(F.linear(input, weight_ih), weight_hh, bias=bias, backend="reference")
+        return output, h_n.unsqueeze(0)
+
+    parameters = (ours.get_parameter(name) for name in ("weight_ih_l0", "weight_hh_l0", "bias_l0"))
+    return [
+        Impl(
+            "layer:IndRNN", functools.partial(ours, input), (input, *parameters), definition=definition,
+            cost=functools.partial(cost, 1, 1), ours=True,
+        ),
+        *(
+            Impl(name, functools.partial(layer, input), (input, *layer.parameters()), cost=cost_)
+            for name, layer, cost_ in layers
+        ),
+    ]  # fmt: skip
+
+
+# op -> its peers, given the case and the op's reference
+PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {"indrnn": _indrnn}

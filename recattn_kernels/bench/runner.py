@@ -1,0 +1,243 @@
+"""Runs benchmarks: each implementation is checked against the reference, then all of a workload are timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import conformance, registry
+from recattn_kernels.bench import peers, timing
+from recattn_kernels.bench.console import Progress
+from recattn_kernels.bench.environment import environment
+from recattn_kernels.bench.memory import peak_bytes
+from recattn_kernels.bench.peers import Case, Impl
+from recattn_kernels.conformance import Result
+from recattn_kernels.spec import OpSpec, Workload, tensors
+
+PASSES = ("fwd", "fwd+bwd")
+
+# Above this a call is not run once more under the profiler: seconds of a sequence that torch walks step by step.
+PROFILED_MS = 1000.0
+
+# The gradients of the outputs; what the definition gives with them in the dtype, and exactly.
+References = tuple[list[Tensor | None], Result, Result]
+
+Row = TypedDict(
+    "Row",
+    {
+        "op": str,
+        "workload": str,
+        "device": str,
+        "dtype": str,
+        "pass": str,
+        "impl": str,
+        "median_ms": float | None,  # None: the result was wrong, so it was not timed
+        "p10_ms": float | None,
+        "p90_ms": float | None,
+        "bytes": int,  # the least to move: every input read once, every output written once
+        "flops": int,
+        "peak_bytes": int | None,  # what the call holds at most, its outputs included; None: not measured
+        "checked": bool | None,  # None: there is nothing to check it against
+    },
+)
+
+
+@dataclass
+class Report:
+    environment: dict[str, Any] = field(default_factory=environment)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out, and why
+    failures: list[str] = field(default_factory=list)  # what was wrong
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def select(op: str | None, workload: str | None, device: str, quick: bool) -> list[tuple[OpSpec, Workload]]:
+    """The workloads to run; quick: only the one of each op that moves the fewest bytes."""
+    specs = registry.OPS if op is None else (registry.find(op),)
+    chosen = []
+    for spec in specs:
+        fitting = [w for w in spec.workloads if device in w.devices and workload in (None, w.name)]
+        by_size = sorted(fitting, key=lambda w, spec=spec: spec.cost(w, torch.float32, False)[0])  # type: ignore[misc]
+        chosen += [(spec, w) for w in (by_size[:1] if quick else fitting)]
+    if not chosen:
+        names = sorted({w.name for spec in specs for w in spec.workloads if device in w.devices})
+        raise ValueError(f"workload must be one of {', '.join(names)} on {device}, got {workload!r}")
+    return chosen
+
+
+def run(
+    *,
+    op: str | None = None,
+    workload: str | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quick: bool = False,
+) -> Report:
+    """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same."""
+    chosen = select(op, workload, device, quick)
+    report = Report()
+    with Progress(total=len(chosen)) as progress:
+        for spec, work in chosen:
+            # What was compiled for one workload is of no use to the next, and would count as its recompilation.
+            torch.compiler.reset()
+            if device == "cpu":
+                timing.keep_freed_memory(reserve=2 * spec.cost(work, dtype, True)[0])
+            _run_workload(report, progress, spec, work, device, backend, dtype, quick)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return report
+
+
+def _run_workload(
+    report: Report,
+    progress: Progress,
+    spec: OpSpec,
+    work: Workload,
+    device: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    quick: bool,
+) -> None:
+    title = f"{spec.name} {work.name}"
+    copies = []  # several on a GPU: see timing.rotation
+    for seed in range(timing.rotation(device, spec.cost(work, dtype, False)[0])):
+        args, kwargs = spec.inputs(work, dtype, device, torch.Generator().manual_seed(seed))
+        impls, refused = peers.build(Case(spec, work, dtype, device, args, kwargs, compile=not quick), backend)
+        copies.append(impls)
+    for name, reason in refused.items():
+        report.note(f"{spec.name}: {name} is left out: {reason}")
+
+    def failed(impl: Impl, error: object) -> None:
+        text = f"{title}: {impl.name} fails: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+        report.failures.append(text) if impl.ours else report.note(text)
+
+    wrong, out = set[str](), set[str]()
+    references: dict[int, References] = {}
+    for impl in copies[0]:
+        progress.step(f"{title}: checking {impl.name}")
+        try:
+            complaint = check(impl, dtype, references)
+        except Exception as error:
+            failed(impl, error)
+            out.add(impl.name)
+            continue
+        if complaint is not None:
+            report.failures.append(f"{title}: {impl.name} is wrong: {complaint}")
+            wrong.add(impl.name)
+    references.clear()
+    progress.advance(0.2)
+
+    grads: dict[tuple[int, torch.Size], Tensor] = {}
+    for pass_ in PASSES:
+        indexes = [i for i, impl in enumerate(copies[0]) if impl.name not in wrong | out]
+        calls = [[caller(pass_, impls[i], n, grads) for n, impls in enumerate(copies)] for i in indexes]
+        progress.step(f"{title}: timing {pass_}")
+        timings = dict(zip(indexes, _measure(calls, device, quick, progress), strict=True))
+        progress.advance(0.4)
+        progress.step(f"{title}: memory of {pass_}")
+        for i, impl in enumerate(copies[0]):
+            timed = timings.get(i)
+            if isinstance(timed, Exception):
+                failed(impl, timed)
+                out.add(impl.name)
+            elif timed is not None:
+                peak = peak_bytes(calls[indexes.index(i)][0], device) if timed.median_ms <= PROFILED_MS else None
+                report.rows.append(_row(spec, work, device, dtype, pass_, impl, timed, peak))
+            elif impl.name in wrong:
+                report.rows.append(_row(spec, work, device, dtype, pass_, impl, None, None))
+
+
+def _measure(
+    calls: list[list[timing.Call]], device: str, quick: bool, progress: Progress
+) -> list[timing.Timing | Exception]:
+    effort = timing.QUICK if quick else timing.Effort()
+    return timing.measure(calls, timing.stopwatch(device), effort, tick=progress.advance)
+
+
+def caller(pass_: str, impl: Impl, copy: int, grads: dict[tuple[int, torch.Size], Tensor]) -> Callable[[], object]:
+    """The call to time. grads holds the output gradients: fixed, contiguous, and one for all outputs of a shape."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return impl.call()
+
+    inputs = impl.inputs
+
+    def forward_backward() -> object:
+        output = tensors(impl.call())[0]
+        grad = grads.get((copy, output.shape))
+        if grad is None:  # in the warm-up
+            grad = grads[copy, output.shape] = torch.randn_like(output, memory_format=torch.contiguous_format)
+        return torch.autograd.grad(output, inputs, grad)
+
+    return forward if pass_ == "fwd" else forward_backward
+
+
+def check(impl: Impl, dtype: torch.dtype, references: dict[int, References]) -> str | None:
+    """What is wrong with an implementation, by the rule of conformance.py: without gradients, and with them.
+
+    references keeps what a definition gives for the implementations that share it.
+    """
+    if impl.definition is None:
+        return None
+    args, kwargs = impl.args, dict(impl.kwargs)
+    if id(impl.definition) not in references:
+        outputs = conformance.evaluate(impl.definition, args, kwargs, None).outputs
+        device = outputs[0].device.type
+        grads = conformance.output_gradients(outputs, torch.Generator().manual_seed(1), used=[0])
+        exact_args, exact_kwargs, exact_grads = (conformance.exactly(v, device) for v in (args, kwargs, grads))
+        references[id(impl.definition)] = (
+            grads,
+            conformance.evaluate(impl.definition, args, kwargs, grads),
+            conformance.evaluate(impl.definition, exact_args, exact_kwargs, exact_grads),
+        )
+    grads, reference, exact = references[id(impl.definition)]
+    names = [f"input {i}" for i in range(len(impl.inputs))]
+
+    def call(*_: Any, **__: Any) -> Any:
+        return impl.call()
+
+    for grad_outputs in (None, grads):
+        with torch.set_grad_enabled(grad_outputs is not None):
+            actual = conformance.evaluate(call, args, kwargs, grad_outputs)
+        for finding in conformance.judge(actual, reference, exact, names, dtype):
+            if finding.complaint is not None:
+                return f"{finding.name}: {finding.complaint}"
+    return None
+
+
+def _row(
+    spec: OpSpec,
+    work: Workload,
+    device: str,
+    dtype: torch.dtype,
+    pass_: str,
+    impl: Impl,
+    timed: timing.Timing | None,
+    peak: int | None,
+) -> Row:
+    backward = pass_ == "fwd+bwd"
+    bytes_, flops = impl.cost(backward) if impl.cost is not None else spec.cost(work, dtype, backward)
+    return {
+        "op": spec.name,
+        "workload": work.name,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "pass": pass_,
+        "impl": impl.name,
+        "median_ms": None if timed is None else round(timed.median_ms, 6),
+        "p10_ms": None if timed is None else round(timed.p10_ms, 6),
+        "p90_ms": None if timed is None else round(timed.p90_ms, 6),
+        "bytes": bytes_,
+        "flops": flops,
+        "peak_bytes": peak,
+        "checked": None if impl.definition is None else timed is not None,
+    }

