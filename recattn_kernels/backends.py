@@ -1,8 +1,8 @@
 """Which backend runs a call: the only place that decides, and the only reader of RECATTN_BACKEND.
 
-A backend of an op is a module recattn_kernels.ops.<op>.<backend>, and a line in the table BACKENDS of the op's contract:
-its name and `refusal(call) -> str | None`, which says in words why it cannot run a call. An explicitly asked backend
-that refuses raises BackendUnavailableError; `auto` takes the first of the table that does not refuse, else `reference`.
+A backend of an op is a module recattn_kernels.ops.<op>.<backend> and a line in the table BACKENDS of the op's contract:
+its name, and the function `refusal(call) -> str | None` that says in words why it cannot run a call. One asked for by
+name that refuses raises BackendUnavailableError; `auto` takes the first that does not refuse, else `reference`.
 """
 
 from __future__ import annotations

@@ -87,13 +87,14 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
             raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
         value = torch.tensor(value, dtype=torch.int64)
     tensor(op, "lengths", value)
-    dtype(op, "lengths", value, (torch.int64,))
-    shape(op, "lengths", value, "(B,)", (batch,))
-    if value.device.type not in ("cpu", "meta"):
-        device(op, "lengths", value, "x", x)
+    result: Tensor = value
+    dtype(op, "lengths", result, (torch.int64,))
+    shape(op, "lengths", result, "(B,)", (batch,))
+    if result.device.type not in ("cpu", "meta"):
+        device(op, "lengths", result, "x", x)
     elif not torch.compiler.is_compiling():
-        length_values(op, value, steps)
-    return value
+        length_values(op, result, steps)
+    return result
 
 
 def length_values(op: str, value: Tensor, steps: int) -> None:

@@ -44,7 +44,7 @@ def tile_of(ptr, stride, STEPS: tl.constexpr):
     """Pointers to STEPS steps from ptr on. (STEPS, BLOCK)"""
     pointers = ptr[None, :] + tl.arange(0, STEPS)[:, None] * stride
     # Not true from one row to the next, but its one effect is that columns, not steps, run along the lanes, where
-    # Triton 3.6 would have it the other way round: nothing wider than an element is made of it, as no alignment is known.
+    # Triton 3.6 would have it the other way round. As no alignment is known, nothing wider than an element comes of it.
     return tl.max_contiguous(pointers, (1, ptr.shape[0]))
 
 

@@ -23,9 +23,7 @@ SMOOTH = [
     if sample.finite and sample.smooth
 ]
 # One sample of each op with every tensor argument that has a gradient, for the slower tests.
-FULL = [
-    pytest.param(spec, next(s for s in spec.samples if s.name == "everything"), id=spec.name) for spec in OPS
-]
+FULL = [pytest.param(spec, next(s for s in spec.samples if s.name == "everything"), id=spec.name) for spec in OPS]
 FUSED_ON_CPU = [pytest.param(spec, id=spec.name) for spec in OPS if "cpp" in spec.backends]
 
 
@@ -91,7 +89,10 @@ def test_opcheck(spec: OpSpec, sample: Sample) -> None:
     with Record():
         outputs = function(*function.inputs)
         torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs)
-    assert {op.name() for op, _ in recorded} == {f"recattn_kernels::{spec.name}", f"recattn_kernels::{spec.name}_backward"}
+    assert {op.name() for op, _ in recorded} == {
+        f"recattn_kernels::{spec.name}",
+        f"recattn_kernels::{spec.name}_backward",
+    }
     for op, args in recorded:
         detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
         if not op.name().endswith("_backward"):

@@ -96,7 +96,7 @@ class _Indrnn(torch.autograd.Function):
 
 def _autograd(*args: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args[:4]):
-        return _Indrnn.apply(*args)
+        return _Indrnn.apply(*args)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.recattn_kernels.indrnn.default(*args)
 
@@ -134,7 +134,7 @@ def indrnn(
         activation: relu, tanh, sigmoid, identity, leaky_relu, relu6 or hardtanh.
         negative_slope: of leaky_relu.
         bias: (H,), added to every step.
-        reset: bool (T, B), or (B, T) under batch_first. Where True, the row's state is zeroed before that step is taken.
+        reset: bool (T, B), or (B, T) under batch_first. Where True, the row's state is zeroed before the step is taken.
         lengths: (B,), the number of valid steps of each row, 0 to T, in any order: a list, or an int64 tensor. Steps
             past it output 0 and leave the state alone. A list or CPU tensor is checked; a CUDA tensor is clamped.
         reverse: takes each row's valid steps from last to first; output[t] stays at x[t].

@@ -13,6 +13,7 @@ from recattn_kernels import backends, checks
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "identity", "leaky_relu", "relu6", "hardtanh")
 ALGORITHMS = ("auto", "sequential", "scan")
 
+
 class Call(NamedTuple):
     """One checked call. x and reset are (T, B, ...), or (B, T, ...) under batch_first; lengths is an int64 tensor."""
 

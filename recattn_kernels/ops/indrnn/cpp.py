@@ -48,9 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return output, h_n if state is h_n else h_n.copy_(state)
 
 
-def backward(
-    grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, time = compute_dtype(call.x.dtype), call.time
     _, B, H = call.sizes
     output, weight_hh = contiguous_rows(call.x), plain(call.weight_hh, dtype)
@@ -62,8 +60,9 @@ def backward(
     _cpu().indrnn_backward(
         call.sizes, DTYPES.index(output.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
         pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
-        torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip, strided(dy, time), strided(output, time), pointer(dh_n),
-        strided(dx, time), pointer(dh0), pointer(columns), pointer(du), pointer(db),
+        torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip,
+        strided(dy, time), strided(output, time), pointer(dh_n), strided(dx, time),
+        pointer(dh0), pointer(columns), pointer(du), pointer(db),
     )  # fmt: skip
     return (
         dx,

@@ -121,7 +121,7 @@ def indrnn(
         h_prev = h if keep_t is None else torch.where(keep_t, h, 0.0)
         h_t = act(v_steps[t] + u * h_prev, negative_slope)
         if grad_clip is not None:
-            h_t = ClipGradient.apply(h_t, grad_clip)
+            h_t = ClipGradient.apply(h_t, grad_clip)  # type: ignore[no-untyped-call]
         outputs[t] = h_t if valid is None else torch.where(valid[t], h_t, 0.0)
         h = h_t if valid is None else torch.where(valid[t], h_t, h)
     return torch.stack(outputs, time).to(x.dtype), h.to(h_n_dtype)

@@ -92,11 +92,15 @@ def transposed(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return randn(generator, B, T, H, grad=False).transpose(0, 1).requires_grad_()
 
 
+def zeros(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    return torch.zeros(T, B, H, dtype=torch.float64).requires_grad_()
+
+
 def frozen(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return randn(generator, T, B, H, grad=False)
 
 
-EVERYTHING = {"h0": state, "bias": bias, "reset": reset, "lengths": lengths}
+EVERYTHING: dict[str, Any] = {"h0": state, "bias": bias, "reset": reset, "lengths": lengths}
 
 SAMPLES = (
     *(sample(f"{act}", 9, 3, 65, activation=act, h0=state, bias=bias) for act in ACTIVATIONS),
@@ -124,7 +128,7 @@ SAMPLES = (
     sample("grad_clip", 12, 3, 9, grad_clip=0.5, h0=state, activation="tanh", smooth=False),
     sample("grad_clip_tight", 12, 3, 9, grad_clip=1e-3, bias=bias, smooth=False),
     sample("saturated", 9, 3, 20, activation="relu6", x=lambda *a: (randn(*a, grad=False) * 6).requires_grad_()),
-    sample("zeros", 6, 2, 5, x=lambda g, *shape: torch.zeros(*shape, dtype=torch.float64).requires_grad_(), smooth=False),
+    sample("zeros", 6, 2, 5, x=zeros, smooth=False),
     sample("expanded_x", 6, 4, 65, x=expanded, activation="tanh", smooth=False),  # gradcheck takes no shared memory
     sample("strided_rows", 6, 3, 20, x=strided_rows, activation="tanh"),
     sample("strided_columns", 6, 3, 20, x=strided_columns, activation="tanh"),
@@ -146,7 +150,7 @@ SAMPLES = (
 WORKLOADS = (
     Workload("seqmnist-784", {"T": 784, "B": 32, "H": 128}, "sequential MNIST, Li et al. 2018, section 5.2"),
     Workload("adding-5000", {"T": 5000, "B": 50, "H": 128}, "the adding problem, Li et al. 2018, section 5.1"),
-    Workload("ptb-char", {"T": 50, "B": 128, "H": 2000}, "characters of the Penn Treebank, Li et al. 2018, section 5.3.1"),
+    Workload("ptb-char", {"T": 50, "B": 128, "H": 2000}, "Penn Treebank characters, Li et al. 2018, section 5.3.1"),
     Workload("wide", {"T": 2500, "B": 64, "H": 4096}, "fills a large GPU", devices=("cuda",)),
 )
 
