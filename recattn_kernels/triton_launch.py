@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ INTERPRETER = Machine(lanes=32, multiprocessors=1)
 @functools.cache
 def _gpu(index: int) -> Machine:
     properties = torch.cuda.get_device_properties(index)
-    return Machine(64 if torch.version.hip else 32, properties.multi_processor_count)
+    return Machine(properties.warp_size, properties.multi_processor_count)
 
 
 def machine(x: Tensor) -> Machine:
@@ -56,17 +56,26 @@ def guard(x: Tensor) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its arguments by name, constexprs included."""
+    """A kernel with its arguments by name, constexprs included.
+
+    registers is what a thread may use. NVIDIA's assembler is told: by itself it spills a few to fit one more block. On
+    AMD it is only tested for, with half as many again.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     num_warps: int
-    # 1: the kernels issue their loads ahead themselves. Sums of products may be fused: it only drops a rounding.
-    options: dict[str, Any] = field(default_factory=lambda: {"num_stages": 1, "enable_fp_fusion": True})
+    registers: int
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """Of the compilation. One stage: the kernels issue their loads ahead themselves. Fused multiply-adds are
+        wanted: they only drop a rounding."""
+        cap = {"maxnreg": self.registers} if backend == "cuda" else {}
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True} | cap
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.args, num_warps=self.num_warps, **self.options)
+        self.kernel[self.grid](**self.args, **self.options("hip" if torch.version.hip else "cuda"))
 
     def specialisation(self, target: GPUTarget) -> tuple[Any, ...]:
         """Options, signature, constexprs and attributes that a call with these arguments is compiled for on target.
@@ -76,7 +85,7 @@ class Launch:
         """
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        kwargs = {"num_warps": self.num_warps, **self.options, "debug": False}
+        kwargs = self.options(target.backend) | {"debug": False}
         bound, specialisation, _ = bind(**self.args, **kwargs)
         options, *rest = self.kernel._pack_args(backend, kwargs, bound, specialisation, None)
         return (options, *rest)
@@ -90,11 +99,11 @@ class Launch:
 
 
 class Variant(NamedTuple):
-    """A launch that must compile for every architecture within a budget of registers a thread, with no spills."""
+    """A launch that must compile for every architecture, and spill nothing."""
 
     name: str
     launch: Launch
-    registers: int
+    shared: int = 0  # bytes of shared memory that it may use
 
 
 # What an op's triton.py declares for tests/test_aot.py: aot_variants(lanes, full) -> Variants, and aot_same(lanes) ->

@@ -22,7 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_compiler = pytest.mark.skipif(
     not HAS_TRITON or INTERPRETING, reason="Triton is not installed, or interprets its kernels"
 )
-# backend, architecture, lanes of a warp, registers there for each in a kernel's budget, which is meant for NVIDIA's
+# backend, architecture, lanes of a warp, registers there for each in a launch's budget, which is meant for NVIDIA's
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 1.0),
     "sm_90": ("cuda", 90, 32, 1.0),
@@ -70,7 +70,8 @@ def test_triton_compiles_within_its_budget(target: str, variant: Any, tmp_path: 
     compiled = variant.launch.compile(GPUTarget(backend, architecture, lanes))
     registers, spilled = resources(target, compiled, tmp_path)
     assert spilled == 0
-    assert registers <= variant.registers * share
+    assert registers <= variant.launch.registers * share
+    assert compiled.metadata.shared <= variant.shared
 
 
 @needs_compiler

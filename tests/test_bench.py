@@ -186,7 +186,7 @@ def test_slow_calls_run_once() -> None:
 def test_copies_rotate() -> None:
     clock = Clock({"a": 1.0})
     timing.measure([[lambda: "a0", lambda: "a1", lambda: "a2"]], clock, timing.Effort(budget_s=6.0))
-    assert clock.asked == ["a0", "a0", "a1", "a2", "a0", "a1", "a2"]
+    assert clock.asked == ["a0", "a1", "a2", "a0", *["a0", "a1", "a2"] * 2]  # each warmed up, then in turn
 
 
 def test_failing_call_is_returned() -> None:
@@ -218,14 +218,14 @@ def faults():
 torch.set_num_threads(1)
 faults()
 print(timing.keep_freed_memory(reserve=1 << 28))
-faults()
+[faults() for _ in range(6)]  # a heap of kept blocks settles after a few rounds
 print(faults())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     kept, faults = done.stdout.split()
     if kept == "False":
         pytest.skip("this C library has no mallopt")
-    assert int(faults) < 100  # a fresh block of 64 MiB has up to 16,384
+    assert int(faults) < 1000  # each of the four blocks, mapped afresh, has up to 16,384
 
 
 def test_peak_of_memory() -> None:

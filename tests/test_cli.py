@@ -184,9 +184,9 @@ def test_support_table_waits_for_a_gpu() -> None:
 
 
 def test_sections_are_replaced() -> None:
-    text = "before\n<!-- support:begin -->\nold\n<!-- support:end -->\nafter\n"
+    text = "<!-- bench:begin -->\n<!-- bench:end -->\n<!-- support:begin -->\nold\n<!-- support:end -->\nafter\n"
     new = report.generated(text, [])
-    assert new.startswith("before\n<!-- support:begin -->\n\n| op |")
+    assert new.startswith("<!-- bench:begin -->\n<!-- bench:end -->\n<!-- support:begin -->\n\n| op |")
     assert new.endswith("|\n\n<!-- support:end -->\nafter\n")
     assert report.generated(new, []) == new
     assert report.generated("no markers", []) == "no markers"
@@ -197,4 +197,4 @@ def test_readme_is_up_to_date() -> None:
     text = readme.read_text() if readme.exists() else ""
     if "<!-- support:begin -->" not in text:
         pytest.skip("README.md has no generated sections")
-    assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report README.md"
+    assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report"

@@ -10,8 +10,6 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-constexpr int MAX_THREADS = 128;
-
 // What both directions know about a thread's columns. GATED: there are resets or lengths.
 template <class E, bool GATED>
 struct Columns {
@@ -19,7 +17,7 @@ struct Columns {
   int64_t first, b, h, length;
   float u[N];
 
-  __device__ explicit Columns(const Indrnn& p) : first((int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N) {
+  __device__ explicit Columns(const Indrnn& p) : first((int64_t(blockIdx.x) * THREADS + threadIdx.x) * N) {
     if (!exist(p)) return;
     b = first / p.H;
     h = first % p.H;
@@ -33,14 +31,14 @@ struct Columns {
     return {s.data, b * s.stride_b + h, s.stride_t, int64_t(sizeof(typename E::Word)) / N, p.T, backwards};
   }
   // A row's resets are few bytes that its columns share through the cache: plain loads, a chunk ahead.
-  __device__ Stream<uint8_t, false> resets(const Indrnn& p, bool backwards) const {
+  __device__ Stream<uint8_t, false, true> resets(const Indrnn& p, bool backwards) const {
     uint8_t* data = GATED ? const_cast<uint8_t*>(p.reset) : nullptr;
     return {Walk<uint8_t>(data, b * p.reset_stride_b, p.reset_stride_t, 1, p.T, backwards), p.T, nullptr, 1};
   }
 };
 
 template <class E, Activation A, bool GATED>
-__global__ void __launch_bounds__(MAX_THREADS) forward_kernel(const __grid_constant__ IndrnnForward p, int depth) {
+__global__ void __launch_bounds__(THREADS) forward_kernel(const __grid_constant__ IndrnnForward p, int depth) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS;
   extern __shared__ uint32_t ring[];
@@ -53,7 +51,7 @@ __global__ void __launch_bounds__(MAX_THREADS) forward_kernel(const __grid_const
     bias[j] = load(p.bias, columns.h + j);
   }
   Walk<Word> out = columns.walk(p, p.output, p.reverse);
-  Stream<Word, E::ASYNC> xs(columns.walk(p, p.x, p.reverse), p.T, ring, depth);
+  Stream<Word, E::ASYNC, false> xs(columns.walk(p, p.x, p.reverse), p.T, ring, depth);
   auto resets = columns.resets(p, p.reverse);
 
   const auto take = [&](int64_t step, Word word, uint8_t reset) {
@@ -70,6 +68,7 @@ __global__ void __launch_bounds__(MAX_THREADS) forward_kernel(const __grid_const
     out.advance();
   };
 
+#pragma unroll 1
   for (int i = 0; i < depth; ++i) {
     xs.copy();
     if (E::ASYNC) __pipeline_commit();
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(MAX_THREADS) forward_kernel(const __grid_const
 
 // g[t] = clip(dy[t] + weight_hh * g[t+1]) * act'(h[t]);  dx = g;  dweight_hh = sum g[t] * h[t-1];  dbias = sum g
 template <class E, Activation A, bool GATED>
-__global__ void __launch_bounds__(MAX_THREADS) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
+__global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS;
   extern __shared__ uint32_t ring[];
@@ -118,8 +117,8 @@ __global__ void __launch_bounds__(MAX_THREADS) backward_kernel(const __grid_cons
   Walk<Word> h_walk = columns.walk(p, p.output, !p.reverse);
   if (p.T > 0) E::unpack(*h_walk.at, h);
   h_walk.advance();
-  Stream<Word, E::ASYNC> hs(h_walk, p.T - 1, ring, depth);
-  Stream<Word, E::ASYNC> dys(columns.walk(p, p.grad_output, !p.reverse), p.T, ring + depth * CHUNK * blockDim.x, depth);
+  Stream<Word, E::ASYNC, false> hs(h_walk, p.T - 1, ring, depth);
+  Stream<Word, E::ASYNC, true> dys(columns.walk(p, p.grad_output, !p.reverse), p.T, ring + depth * CHUNK * THREADS, depth);
   auto resets = columns.resets(p, !p.reverse);
 
   const auto take = [&](int64_t step, Word h_word, Word dy_word, uint8_t reset) {
@@ -142,6 +141,7 @@ __global__ void __launch_bounds__(MAX_THREADS) backward_kernel(const __grid_cons
     dx.advance();
   };
 
+#pragma unroll 1
   for (int i = 0; i < depth; ++i) {
     hs.copy();
     dys.copy();
@@ -215,10 +215,9 @@ void launch(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream
   const int64_t threads = (p.B * p.H + E::COLUMNS - 1) / E::COLUMNS;
   if (threads == 0) return;
   const bool few = threads <= 192 * int64_t(multiprocessors());
-  const int block = few ? 32 : MAX_THREADS;
   const int depth = E::ASYNC ? (few ? DEEP : SHALLOW) : 1;
-  const size_t shared = E::ASYNC ? ring_bytes(streams, depth, block) : 0;
-  kernel<<<unsigned((threads + block - 1) / block), block, shared, stream>>>(p, depth);
+  const size_t shared = E::ASYNC ? streams * depth * CHUNK_BYTES : 0;
+  kernel<<<unsigned((threads + THREADS - 1) / THREADS), THREADS, shared, stream>>>(p, depth);
   check(what);
 }
 

@@ -65,11 +65,12 @@ struct One16 {
   static __device__ float inside(float h) { return keep_inside<A, S>(h); }
 };
 
-constexpr int CHUNK = 8;  // steps in one group of copies
+constexpr int THREADS = 32;  // of a block: a multiprocessor takes enough of them, and few columns spread over many
+constexpr int CHUNK = 16;    // steps in one group of copies
 // Chunks in the ring. Few columns cannot fill the machine otherwise than by depth; many must not use up shared memory.
-constexpr int DEEP = 16, SHALLOW = 4;
-
-constexpr size_t ring_bytes(int streams, int depth, int threads) { return size_t(4) * streams * depth * CHUNK * threads; }
+// The hardware tells no more than 8 pending groups apart.
+constexpr int DEEP = 8, SHALLOW = 2;
+constexpr size_t CHUNK_BYTES = 4 * CHUNK * THREADS;
 
 // Waits for the oldest of `depth` groups of copies.
 __device__ inline void wait_chunk(int depth) {
@@ -93,25 +94,28 @@ struct Walk {
     next = (backwards ? -stride_t : stride_t) * element;
   }
   __device__ void advance(int64_t steps = 1) {
-    at = reinterpret_cast<Word*>(reinterpret_cast<uintptr_t>(at) + steps * next);
+    at = reinterpret_cast<Word*>(reinterpret_cast<char*>(at) + steps * next);
   }
 };
 
-// The steps [0, end) of a walk, CHUNK at a time: `copy` starts the next chunk on its way, `read` takes the oldest.
-template <class Word, bool ASYNC>
+// The steps [0, end) of a walk, CHUNK at a time: `copy` starts the next chunk on its way, `read` takes the oldest. A walk
+// over nothing, if OPTIONAL, reads as zeros.
+template <class Word, bool ASYNC, bool OPTIONAL>
 class Stream {
  public:
   __device__ Stream(Walk<Word> walk, int64_t end, void* ring, int depth)
       : walk_(walk), left_(end), ring_(static_cast<Word*>(ring) + threadIdx.x), depth_(depth) {}
 
+  __device__ bool absent() const { return OPTIONAL && walk_.at == nullptr; }
+
   __device__ void copy() {
-    if (walk_.at == nullptr) return;
+    if (absent()) return;
     const int count = left_ < CHUNK ? int(left_) : CHUNK;
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) {
       if (i < count) {
         if constexpr (ASYNC) {
-          __pipeline_memcpy_async(slot(into_, i), walk_.at, sizeof(Word));
+          __pipeline_memcpy_async(ring_ + (into_ * CHUNK + i) * THREADS, walk_.at, sizeof(Word));
         } else {
           ahead_[i] = *walk_.at;
         }
@@ -126,17 +130,15 @@ class Stream {
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) {
       if constexpr (ASYNC) {
-        words[i] = walk_.at == nullptr ? Word(0) : *slot(from_, i);
+        words[i] = absent() ? Word(0) : ring_[(from_ * CHUNK + i) * THREADS];
       } else {
-        words[i] = walk_.at == nullptr ? Word(0) : ahead_[i];
+        words[i] = absent() ? Word(0) : ahead_[i];
       }
     }
     from_ = from_ + 1 == depth_ ? 0 : from_ + 1;
   }
 
  private:
-  __device__ Word* slot(int chunk, int i) { return ring_ + (chunk * CHUNK + i) * blockDim.x; }
-
   Walk<Word> walk_;
   int64_t left_;
   Word* ring_;

@@ -14,7 +14,7 @@ import torch
 
 import recattn_kernels
 from recattn_kernels import backends
-from recattn_kernels.spec import OpSpec
+from recattn_kernels.spec import OpSpec, cast
 
 
 def _output(*command: str) -> str:
@@ -97,8 +97,6 @@ def support(spec: OpSpec, backend: str) -> tuple[list[str], str | None]:
 
 def _try(spec: OpSpec, backend: str, device: str) -> str | None:
     """Runs the op's first sample: what a machine can run is known when it has run."""
-    from recattn_kernels.spec import cast
-
     dtype = next((d for d in spec.dtypes[backend] if d == torch.float32), spec.dtypes[backend][0])
     args, kwargs = cast(spec.samples[0].make(torch.Generator().manual_seed(0)), dtype, device)
     try:

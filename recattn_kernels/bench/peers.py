@@ -66,13 +66,25 @@ class Case:
         return Impl(name, functools.partial(call, *self.args, **self.kwargs), self.args, self.kwargs, **options)
 
 
+# Cached: dynamo compiles anew for each new object and gives up after a few, so the copies of a case must share theirs.
+@functools.cache
+def reference_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(function, backend="reference")
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    result: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return result
+
+
 def build(case: Case, backend: str | None) -> tuple[list[Impl], dict[str, str]]:
     """Every row of a case, and {backend: reason} for those that cannot run it. backend: leaves out the other fused."""
     reasons = backends.explain(case.spec.name, *case.args, **case.kwargs)
     named = [name for name in case.spec.backends if backend in (None, name)]
     refused = {name: reason for name in named if (reason := reasons[name]) is not None}
     function = case.spec.function
-    definition = functools.partial(function, backend="reference")
+    definition = reference_of(function)
     impls = [
         case.impl(name, functools.partial(function, backend=name), definition=definition, ours=True)
         for name in named
@@ -91,20 +103,15 @@ def _indrnn(case: Case, definition: Callable[..., Any]) -> list[Impl]:
     if case.compile:
         # Inductor unrolls the loop and takes about a second for four steps: a whole sequence of 784 takes minutes.
         steps = T if T <= 64 else next((n for n in range(32, 15, -1) if T % n == 0), 32)
-        run = _compiled(definition) if steps == T else _in_chunks(definition, steps)
+        run = compiled(definition) if steps == T else _in_chunks(definition, steps)
         name = "compile" if steps == T else f"compile/{steps}"
         impls.append(case.impl(name, run, definition=definition))
     impls.append(Impl("relu", functools.partial(torch.relu, x), (x,)))
     return impls + _indrnn_layers(case, T, B, H)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
-    return compiled
-
-
 def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    chunk = _compiled(definition)
+    chunk = compiled(definition)
 
     def run(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         # Like the states that follow it, the first requires grad: one compilation then serves every chunk.
@@ -133,6 +140,7 @@ def _indrnn_layers(case: Case, T: int, B: int, H: int) -> list[Impl]:
     torch.manual_seed(0)
     input = torch.randn(T, B, H, **factory).requires_grad_()
     ours = IndRNN(H, H, recurrent_max=2 ** (1 / T), **factory)
+    # Time-major, cuDNN's own layout; batch_first takes as long on a CPU.
     layers: Sequence[tuple[str, nn.Module, Cost]] = (
         ("layer:nn.RNN(relu)", nn.RNN(H, H, nonlinearity="relu", **factory), functools.partial(cost, 1, H)),
         ("layer:nn.LSTM", nn.LSTM(H, H, **factory), functools.partial(cost, 4, H)),

@@ -206,7 +206,7 @@ def replace_section(text: str, name: str, body: str) -> str:
     if begin not in text or end not in text:
         return text
     before, after = text.split(begin, 1)[0], text.split(end, 1)[1]
-    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}" if body else f"{before}{begin}\n{end}{after}"
 
 
 def generated(text: str, results: Sequence[dict[str, Any]]) -> str:
@@ -218,7 +218,7 @@ def generated(text: str, results: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="writes the generated sections of a Markdown file anew")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of <device>.json files")
     options = parser.parse_args()
     options.file.write_text(generated(options.file.read_text(), load_results(options.results)))

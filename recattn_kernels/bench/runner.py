@@ -125,6 +125,10 @@ def _run_workload(
         progress.step(f"{title}: checking {impl.name}")
         try:
             complaint = check(impl, dtype, references)
+        except torch.OutOfMemoryError:  # float64 and the reference's graph take many times what a kernel does
+            report.note(f"{title}: {impl.name} is left out: checking it needs more memory than the device has")
+            out.add(impl.name)
+            continue
         except Exception as error:
             failed(impl, error)
             out.add(impl.name)

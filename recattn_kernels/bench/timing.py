@@ -31,7 +31,7 @@ class Effort:
     budget_s: float = 1.5
     min_repeats: int = 3
     max_repeats: int = 200
-    slow_s: float = 5.0  # a call that takes longer than this is timed once: repeating it would say nothing new
+    slow_s: float = 3.0  # a call that takes longer than this is timed once: repeating it would say nothing new
 
 
 QUICK = Effort(budget_s=0.15, max_repeats=20, slow_s=1.0)
@@ -52,8 +52,8 @@ def keep_freed_memory(reserve: int = 0) -> bool:
     # The mmap threshold itself cannot be set above 32 MB, so: no blocks by mmap at all, and nothing given back.
     m_trim_threshold, m_mmap_max = -1, -4
     kept = bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
-    # An aligned block needs a free one a little larger than itself, so blocks cannot simply take each other's place:
-    # they need room. A quarter of the memory is enough to take from a machine at once.
+    # An aligned block needs a free one a little larger than itself, so blocks do not simply take each other's place:
+    # they need room, and a few rounds to settle in. A quarter of the memory is enough to take from a machine at once.
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     torch.empty(min(reserve, limit), dtype=torch.uint8).fill_(0)
     return kept
@@ -122,8 +122,8 @@ def measure(
         if estimate > effort.slow_s:
             seconds[i].append(estimate)
             continue
-        if estimate < 1:  # it holds more warming up than work, maybe
-            estimate = watch(copies[0])
+        for copy in (*copies[1:], copies[0]):
+            estimate = watch(copy)
         repeats[i] = max(effort.min_repeats, min(effort.max_repeats, int(effort.budget_s / max(estimate, 1e-9))))
     # Garbage collections would fall on whichever call allocates the most objects.
     gc.collect()

@@ -19,16 +19,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Config(NamedTuple):
     steps: int
     num_warps: int
-    registers: int  # the budget that tests/test_aot.py holds the kernel to
+    registers: int
 
 
 # Little's law: a GPU needs tens of KB of loads in flight on each multiprocessor. Few columns get them from many steps
 # of each, many columns from many lanes, for which a lane must be small. A slow step (an exponential on the path from
 # one to the next, or registers spent on reset and lengths) needs fewer ahead.
-FORWARD = {"few": Config(32, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 64)}
-BACKWARD = {"few": Config(16, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 80)}
+FORWARD = {"few": Config(32, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 72)}
+BACKWARD = {"few": Config(16, 1, 168), "few slow": Config(16, 1, 168), "many": Config(8, 4, 96)}
 FEW = 512  # columns a multiprocessor
-SUM = {"ROWS": 64, "BLOCK": 32}
 
 
 def config(table: dict[str, Config], call: Call, on: Machine) -> Config:
@@ -54,10 +53,10 @@ def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
     return {f"{name}_ptr": x, f"{name}_stride_t": x.stride(time), f"{name}_stride_b": x.stride(1 - time)}
 
 
-def common(call: Call, table: dict[str, Config], on: Machine) -> tuple[tuple[int, ...], int, dict[str, Any]]:
-    """Grid, warps, and the arguments that both directions take."""
+def launch(kernel: Any, table: dict[str, Config], call: Call, on: Machine, own: dict[str, Any]) -> Launch:
+    """A launch of either direction, with `own` beside the arguments that both take."""
     T, B, H = call.sizes
-    steps, num_warps, _ = config(table, call, on)
+    steps, num_warps, registers = config(table, call, on)
     block = num_warps * on.lanes
     lengths = None if call.lengths is None else call.lengths.to(call.x.device).contiguous()
     args = {
@@ -66,14 +65,14 @@ def common(call: Call, table: dict[str, Config], on: Machine) -> tuple[tuple[int
         "REVERSE": call.reverse, "STEPS": steps, "BLOCK": block,
     }  # fmt: skip
     reset = None if call.reset is None else call.reset.view(torch.uint8)
-    return (triton.cdiv(B * H, block),), num_warps, args | strided("reset", reset, call.time)
+    args |= strided("reset", reset, call.time) | own
+    return Launch(kernel, (triton.cdiv(B * H, block),), args, num_warps, registers)
 
 
 def forward_launch(call: Call, output: Tensor, h_n: Tensor, on: Machine) -> Launch:
-    grid, num_warps, args = common(call, FORWARD, on)
-    args |= {"bias_ptr": contiguous(call.bias), "h_n_ptr": h_n}
-    args |= strided("x", contiguous_rows(call.x), call.time) | strided("output", output, call.time)
-    return Launch(forward_kernel, grid, args, num_warps)
+    own = {"bias_ptr": contiguous(call.bias), "h_n_ptr": h_n}
+    own |= strided("x", contiguous_rows(call.x), call.time) | strided("output", output, call.time)
+    return launch(forward_kernel, FORWARD, call, on, own)
 
 
 def backward_launches(
@@ -82,20 +81,18 @@ def backward_launches(
     _, B, H = call.sizes
     grad_x, grad_weight_hh, grad_h0, grad_bias = grads
     rows = call.x.new_empty((2, B, H), dtype=torch.float32)
-    grid, num_warps, args = common(call, BACKWARD, on)
-    args |= {
-        "grad_h_n_ptr": contiguous(grad_h_n), "grad_h0_ptr": None if call.h0 is None else grad_h0,
-        "rows_ptr": rows, "grad_clip": call.grad_clip,
+    own = {
+        "grad_h_n_ptr": contiguous(grad_h_n), "grad_h0_ptr": None if call.h0 is None else grad_h0, "rows_ptr": rows,
+        "grad_clip": call.grad_clip,
     }  # fmt: skip
-    args |= strided("grad_output", contiguous_rows(grad_output), call.time)
-    args |= strided("output", contiguous_rows(call.x), call.time) | strided("grad_x", grad_x, call.time)
+    own |= strided("grad_output", contiguous_rows(grad_output), call.time)
+    own |= strided("output", contiguous_rows(call.x), call.time) | strided("grad_x", grad_x, call.time)
     sums = {
         "rows_ptr": rows, "grad_weight_hh_ptr": grad_weight_hh,
-        "grad_bias_ptr": None if call.bias is None else grad_bias, "B": B, "H": H, **SUM,
+        "grad_bias_ptr": None if call.bias is None else grad_bias, "B": B, "H": H, "ROWS": 64, "BLOCK": 32,
     }  # fmt: skip
-    return Launch(backward_kernel, grid, args, num_warps), Launch(
-        sum_rows_kernel, (triton.cdiv(H, SUM["BLOCK"]),), sums, num_warps=4
-    )
+    sum_rows = Launch(sum_rows_kernel, (triton.cdiv(H, 32),), sums, num_warps=4, registers=64)
+    return launch(backward_kernel, BACKWARD, call, on, own), sum_rows
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -123,8 +120,8 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
 
 def example(
     on: Machine, activation: str, dtype: torch.dtype, gated: bool, reverse: bool, few: bool, T: int = 100, B: int = 3
-) -> tuple[Call, tuple[Launch, ...]]:
-    """A call on the meta device, with every optional argument (gated) or with none, and what it launches."""
+) -> tuple[Launch, ...]:
+    """What a call on the meta device, with every optional argument (gated) or with none, launches."""
     H = 7 if few else 777
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -138,7 +135,7 @@ def example(
     output, h_n = empty_forward(call)
     grads = empty_backward(call)
     backward = backward_launches(output, h_n if gated else None, call, grads, on)
-    return call, (forward_launch(call, output, h_n, on), *backward)
+    return forward_launch(call, output, h_n, on), *backward
 
 
 def aot_variants(lanes: int, full: bool) -> Variants:
@@ -155,17 +152,17 @@ def aot_variants(lanes: int, full: bool) -> Variants:
     for activation, dtype, gated, reverse, few in every if full else some:
         words = (activation, str(dtype).removeprefix("torch."), "gated" * gated, "reverse" * reverse, "few" * few)
         name = "-".join(filter(None, words))
-        call, (forward, backward, sums) = example(on, activation, dtype, gated, reverse, few)
-        yield Variant(f"forward-{name}", forward, config(FORWARD, call, on).registers)
-        yield Variant(f"backward-{name}", backward, config(BACKWARD, call, on).registers)
+        forward, backward, sums = example(on, activation, dtype, gated, reverse, few)
+        yield Variant(f"forward-{name}", forward)
+        yield Variant(f"backward-{name}", backward)
         if activation == "relu" and not reverse and few:
-            yield Variant(f"sum-rows-{name}", sums, 64)
+            yield Variant(f"sum-rows-{name}", sums, shared=1024)
 
 
 def aot_same(lanes: int) -> SameCompilation:
     """Launches that differ in T and B alone, and in the strides that follow from them."""
     for gated in (False, True):
         yield [
-            example(Machine(lanes, 1), "relu", torch.bfloat16, gated, gated, True, T, B)[1]
+            example(Machine(lanes, 1), "relu", torch.bfloat16, gated, gated, True, T, B)
             for T, B in ((1, 1), (2, 1), (1, 16), (16, 16), (784, 32), (100_000, 73))
         ]
