@@ -12,7 +12,9 @@ from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
 from recattn_kernels.ops.indrnn.reference import compute_dtype
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the order of csrc/cpu/kernels.h's enum Dtype
+# As csrc/cpu/kernels.h's enum Dtype and csrc/cells.h's enum Activation have them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 ABSENT = (0, 0, 0)
 
 
@@ -22,7 +24,10 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(dtype).contiguous()
+    """x contiguous and in dtype: mostly it is already, and then no operation of torch is called."""
+    if x is None or (x.dtype == dtype and x.is_contiguous()):
+        return x
+    return x.to(dtype).contiguous()
 
 
 def pointer(x: Tensor | None) -> int:
@@ -41,7 +46,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     output, h_n = empty_forward(call)
     state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
     _cpu().indrnn_forward(
-        call.sizes, DTYPES.index(x.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
+        call.sizes, DTYPES[x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
         pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
         torch.get_num_threads(), pointer(bias), strided(x, time), strided(output, time), pointer(state),
     )  # fmt: skip
@@ -58,7 +63,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     columns = output.new_empty((2, B, H), dtype=dtype)  # scratch
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
     _cpu().indrnn_backward(
-        call.sizes, DTYPES.index(output.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
+        call.sizes, DTYPES[output.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
         pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
         torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip,
         strided(dy, time), strided(output, time), pointer(dh_n), strided(dx, time),
@@ -66,7 +71,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     )  # fmt: skip
     return (
         dx,
-        du.to(call.weight_hh.dtype),
+        du if call.weight_hh.dtype == dtype else du.to(call.weight_hh.dtype),
         dx.new_empty(0) if call.h0 is None else dh0.to(call.h0.dtype),
         dx.new_empty(0) if call.bias is None else db.to(call.bias.dtype),
     )
