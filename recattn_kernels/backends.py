@@ -17,6 +17,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMES = ("auto", "reference", "vendor", "cpp", "triton", "cuda")
@@ -133,6 +134,25 @@ def machine_refusal(backend: str, device_type: str) -> str | None:
 def interpreting() -> bool:
     """True where Triton kernels run on CPU tensors, in Triton's interpreter."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> Any:
+    return torch._C._dispatch_keys(torch.empty(0, device=device_type))
+
+
+def dispatches(*inputs: Tensor | None) -> bool:
+    """True where an op must go through torch's dispatcher, for what listens there: tracing, modes, or a key of a tensor
+    that is more than numbers on a device (fake, meta, a subclass, a lazy negation, ...).
+
+    Where nothing listens the op's function is called directly: the dispatcher's way through Python costs about 10 us a
+    call, and some 50 us where another model has run in between and the interpreter's code is out of the caches.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(
+        x is not None and (x.is_meta or torch._C._dispatch_keys(x) != _plain_keys(x.device.type)) for x in inputs
+    )
 
 
 # Op

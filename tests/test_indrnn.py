@@ -191,6 +191,19 @@ def test_only_one_output_used(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lazily_negated_tensor_is_read_as_its_values(backend: str) -> None:
+    """The imaginary part of a conjugate is a view whose memory holds the opposite sign."""
+    x, u, h0, _ = numbers()
+    lazy = torch.complex(x, x).conj().imag
+    assert lazy.is_neg()
+    lazy_u = torch.complex(u, u).conj().imag
+    for activation in ("relu", "identity"):
+        output, _ = indrnn(lazy, lazy_u, h0, activation=activation, backend=backend)
+        expected, _ = indrnn(-x, -u, h0, activation=activation, backend="reference")
+        torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
     x, u, h0, bias = (t.requires_grad_() for t in numbers(9, 33, 40))
     runs = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
-from recattn_kernels.ops.indrnn import reference
+from recattn_kernels.ops.indrnn import contract, reference
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, BACKENDS, LIBRARY, Call
 
 
@@ -68,8 +68,11 @@ class _Indrnn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output, h_n = torch.ops.recattn_kernels.indrnn.default(*args)
+        if backends.dispatches(*args[:6]):
+            with torch._C._AutoDispatchBelowAutograd():
+                output, h_n = torch.ops.recattn_kernels.indrnn.default(*args)
+        else:
+            output, h_n = contract.forward(*args)
         _, *tensors = args[:6]
         ctx.save_for_backward(output, *tensors)
         ctx.options = args[6:]
@@ -88,14 +91,20 @@ class _Indrnn(torch.autograd.Function):
             grads = reference.indrnn_backward(
                 grad_output, grad_h_n, call.x, call.weight_hh, call.h0, **call.definition()
             )
-        else:
+        elif backends.dispatches(grad_output, grad_h_n, *args[:6]):
             grads = torch.ops.recattn_kernels.indrnn_backward.default(grad_output, grad_h_n, *args)
+        else:
+            grads = contract.backward(grad_output, grad_h_n, *args)
         wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4], strict=True))
         return (*wanted, *(None for _ in args[4:]))
 
 
+def _needs_grad(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args[:4])
+
+
 def _autograd(*args: Any) -> Any:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args[:4]):
+    if _needs_grad(*args):
         return _Indrnn.apply(*args)  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.recattn_kernels.indrnn.default(*args)
@@ -177,5 +186,10 @@ def indrnn(
     backend = backends.choose("indrnn", backend, BACKENDS, call)
     if backend == "reference":
         return reference.indrnn(x, weight_hh, h0, **call.definition())
-    output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
+    if backends.dispatches(*call[:6]):
+        output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
+    elif _needs_grad(*call):
+        output, h_n = _Indrnn.apply(*call, backend)  # type: ignore[no-untyped-call]
+    else:
+        output, h_n = contract.forward(*call, backend)
     return output, h_n

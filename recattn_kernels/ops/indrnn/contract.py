@@ -95,7 +95,7 @@ def empty_backward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
     call, backend = Call(*args[:-1]), args[-1]
     if call.lengths is not None:
         checks.length_values("indrnn", call.lengths, call.sizes[0])  # a compiled caller could not look at them
@@ -103,14 +103,14 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return output, h_n
 
 
-def _backward(grad_output: Tensor | None, grad_h_n: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*args[:-1]), args[-1]  # call.x is the output
     return tuple(backends.load("indrnn", backend).backward(grad_output, grad_h_n, call))
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("indrnn", _forward, _key)
-    LIBRARY.impl("indrnn_backward", _backward, _key)
+    LIBRARY.impl("indrnn", forward, _key)
+    LIBRARY.impl("indrnn_backward", backward, _key)
 
 
 @torch.library.register_fake("recattn_kernels::indrnn", lib=LIBRARY)
