@@ -69,7 +69,7 @@ def environment() -> dict[str, Any]:
         "commit": git_commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton_version(),
