@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+
+# Before anything imports distutils, as compiling with Triton does: setuptools, which torch's Inductor needs later,
+# refuses to be imported after it.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 import pytest
 import torch
