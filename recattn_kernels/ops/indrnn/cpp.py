@@ -11,16 +11,11 @@ from torch import Tensor
 from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
 from recattn_kernels.ops.indrnn.reference import compute_dtype
+from recattn_kernels.strides import contiguous_rows, strided
 
 # As csrc/cpu/kernels.h's enum Dtype and csrc/cells.h's enum Activation have them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-ABSENT = (0, 0, 0)
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -32,11 +27,6 @@ def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def strided(x: Tensor | None, time: int) -> tuple[int, int, int]:
-    """Pointer, stride over time and stride over the batch."""
-    return ABSENT if x is None else (x.data_ptr(), x.stride(time), x.stride(1 - time))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -10,27 +10,14 @@ from torch import Tensor
 
 from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_backward, empty_forward
+from recattn_kernels.strides import contiguous, contiguous_rows, strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of csrc/cuda/kernels.h's enum Dtype
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def typed(x: Tensor | None) -> tuple[int, int]:
     """Pointer and type of a contiguous tensor."""
     return (0, 0) if x is None else (x.data_ptr(), DTYPES.index(x.dtype))
-
-
-def strided(x: Tensor | None, time: int) -> tuple[int, int, int]:
-    """Pointer, stride over time and stride over the batch."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(time), x.stride(1 - time))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

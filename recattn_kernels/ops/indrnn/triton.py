@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_backward, empty_forward
 from recattn_kernels.ops.indrnn.triton_kernels import backward_kernel, forward_kernel, sum_rows_kernel
+from recattn_kernels.strides import contiguous, contiguous_rows
 from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants, guard, machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,15 +37,6 @@ def config(table: dict[str, Config], call: Call, on: Machine) -> Config:
         return table["many"]
     slow = call.activation in ("tanh", "sigmoid") or call.reset is not None or call.lengths is not None
     return table["few slow" if slow else "few"]
-
-
-def contiguous_rows(x: Tensor | None) -> Tensor | None:
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
@@ -85,7 +77,7 @@ def backward_launches(
         "grad_h_n_ptr": contiguous(grad_h_n), "grad_h0_ptr": None if call.h0 is None else grad_h0, "rows_ptr": rows,
         "grad_clip": call.grad_clip,
     }  # fmt: skip
-    own |= strided("grad_output", contiguous_rows(grad_output), call.time)
+    own |= strided("grad_output", None if grad_output is None else contiguous_rows(grad_output), call.time)
     own |= strided("output", contiguous_rows(call.x), call.time) | strided("grad_x", grad_x, call.time)
     sums = {
         "rows_ptr": rows, "grad_weight_hh_ptr": grad_weight_hh,
