@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Workload:
     sizes: Mapping[str, int]
     source: str
     devices: tuple[str, ...] = ("cpu", "cuda")
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class OpSpec:
     inputs: Callable[[Workload, torch.dtype, str, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
     # (workload, dtype, backward) -> least bytes to move, floating-point operations
     cost: Callable[[Workload, torch.dtype, bool], tuple[int, int]]
-    source: str = ""
 
 
 def tensors(value: Any) -> list[Tensor]:

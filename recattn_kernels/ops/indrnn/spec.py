@@ -180,5 +180,4 @@ SPEC = OpSpec(
     workloads=WORKLOADS,
     inputs=inputs,
     cost=cost,
-    source="Li et al., CVPR 2018, arXiv:1803.04831",
 )
