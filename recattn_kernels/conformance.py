@@ -189,7 +189,7 @@ def compare(
     layout: str = "contiguous",
     used: Sequence[int] | None = None,
 ) -> list[Finding]:
-    """Runs one sample on one backend and judges every output and gradient.
+    """Runs one sample on one backend and judges every output and gradient by the op's definition.
 
     mixed keeps everything but the first argument in float32, beside a 16-bit first argument. layout and used shape the
     output gradients as in output_gradients().
@@ -200,10 +200,11 @@ def compare(
     kwargs = cast(kwargs, others, device)
     exact_args, exact_kwargs = exactly(args), exactly(kwargs)
 
-    plain = spec.function(*args, **kwargs, backend="reference")
+    defining = {**spec.variants[0], "backend": "reference"}
+    plain = spec.function(*args, **(kwargs | defining))
     generator = torch.Generator().manual_seed(1)
     grads = output_gradients(tensors(plain), generator, layout, used)
-    reference = evaluate(spec.function, args, kwargs | {"backend": "reference"}, grads)
-    exact = evaluate(spec.function, exact_args, exact_kwargs | {"backend": "reference"}, exactly(grads))
+    reference = evaluate(spec.function, args, kwargs | defining, grads)
+    exact = evaluate(spec.function, exact_args, exact_kwargs | defining, exactly(grads))
     actual = evaluate(spec.function, args, kwargs | {"backend": backend}, grads)
     return judge(actual, reference, exact, input_names(spec.function, args, kwargs), dtype)

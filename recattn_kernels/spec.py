@@ -1,4 +1,4 @@
-"""What an op declares about itself: samples for the tests, workloads for the benchmarks, and what a call costs."""
+"""What an op declares about itself: samples for tests, workloads and sweeps for benchmarks, and what a call costs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Sample:
     make: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
     finite: bool = True  # False: the values hold NaN or infinity, compared where they fall rather than by error
     smooth: bool = True  # False: on a kink, over a clip, or with elements sharing memory: no finite differences
+    refused_by: tuple[str, ...] = ()  # backends that must refuse it, with a reason
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,31 @@ class Workload:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
+# (workload, dtype, device, generator) -> args, kwargs of the op's function
+Inputs = Callable[[Workload, torch.dtype, str, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A line of time against one number: the sizes at each of its values, the smallest first, and the devices."""
+
+    name: str
+    over: str  # what the values are: the label of the axis
+    sizes: Mapping[int, Mapping[str, int]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    inputs: Inputs | None = None  # None: the op's own
+
+    def workloads(self) -> dict[int, Workload]:
+        """Each value's sizes as a workload, named by them: T=64,B=4,H=128."""
+        return {
+            value: Workload(",".join(f"{name}={n}" for name, n in sizes.items()), sizes, f"sweep {self.name}")
+            for value, sizes in self.sizes.items()
+        }
+
+
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: its function, its backends, its samples and workloads."""
+    """One op: its function, its backends, its samples, workloads and sweeps."""
 
     name: str
     function: Callable[..., Any]
@@ -44,10 +67,13 @@ class OpSpec:
     dtypes: Mapping[str, tuple[torch.dtype, ...]]  # by backend
     samples: tuple[Sample, ...]
     workloads: tuple[Workload, ...]
-    # (workload, dtype, device, generator) -> args, kwargs of function
-    inputs: Callable[[Workload, torch.dtype, str, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    inputs: Inputs
     # (workload, dtype, backward) -> least bytes to move, floating-point operations
     cost: Callable[[Workload, torch.dtype, bool], tuple[int, int]]
+    sweeps: tuple[Sweep, ...] = ()
+    # Keyword arguments of function, each a line of its own in a sweep for every backend that takes them. The first are
+    # those by which the reference defines the op.
+    variants: tuple[Mapping[str, Any], ...] = ({},)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -33,10 +33,11 @@ class Machine(NamedTuple):
 
     lanes: int  # of a warp, or of an AMD wavefront
     multiprocessors: int
+    interpreted: bool = False
 
 
 # The interpreter's, so small that the tests' samples meet the configurations for few and for many columns.
-INTERPRETER = Machine(lanes=32, multiprocessors=1)
+INTERPRETER = Machine(lanes=32, multiprocessors=1, interpreted=True)
 
 
 @functools.cache

@@ -49,12 +49,16 @@ def variants(dtypes: tuple[torch.dtype, ...]) -> list[Any]:
 
 
 def skip_where_unavailable(spec: OpSpec, backend: str, device: str, dtype: torch.dtype, sample: Sample) -> None:
-    """A backend that this machine lacks is a skip with its reason; one that refuses a sample outright is a failure."""
+    """A backend that this machine lacks is a skip with its reason; so is one that refuses a sample and is to refuse it.
+    Any other refusal, and none where there should be one, is a failure."""
     reason = backends.machine_refusal(backend, device)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     args, kwargs = sample.make(torch.Generator())
     refused = backends.explain(spec.name, *cast(args, dtype, device), **cast(kwargs, dtype, device))[backend]
+    if backend in sample.refused_by:
+        assert refused is not None
+        pytest.skip(f"{backend}: {refused}")
     assert refused is None, refused
 
 

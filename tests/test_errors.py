@@ -38,7 +38,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"activation": "gelu"}, ValueError, "indrnn: activation must be one of relu, tanh, sigmoid"),
     ({"activation": None}, ValueError, "indrnn: activation must be one of"),
     ({"algorithm": "fast"}, ValueError, "indrnn: algorithm must be one of auto, sequential, scan, got 'fast'"),
-    ({"algorithm": "scan"}, BackendUnavailableError, "indrnn: algorithm 'scan' has no kernel"),
+    ({"algorithm": "scan", "backend": "cpp"}, BackendUnavailableError, "indrnn: backend 'cpp' cannot run this call: "),
     ({"negative_slope": "a"}, TypeError, "indrnn: negative_slope must be a number, got 'a'"),
     ({"negative_slope": float("nan")}, ValueError, "indrnn: negative_slope must not be NaN"),
     ({"grad_clip": -1.0}, ValueError, "indrnn: grad_clip must be positive, got -1.0"),

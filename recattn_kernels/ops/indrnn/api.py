@@ -31,10 +31,6 @@ def normalise(
     op = "indrnn"
     checks.choice(op, "activation", activation, ACTIVATIONS)
     checks.choice(op, "algorithm", algorithm, ALGORITHMS)
-    if algorithm == "scan":
-        raise backends.BackendUnavailableError(
-            f"{op}: algorithm 'scan' has no kernel in any backend; use 'sequential' or 'auto'"
-        )
     checks.number(op, "negative_slope", negative_slope)
     checks.flag(op, "reverse", reverse)
     checks.flag(op, "batch_first", batch_first)
@@ -150,8 +146,10 @@ def indrnn(
         batch_first: x, reset and output are (B, T, ...). Nothing is copied.
         grad_clip: in the backward, dL/dh_t is clamped to [-grad_clip, grad_clip] once the gradient of output[t] and
             that from the later steps have been added.
-        algorithm: "sequential" walks over time; "auto" leaves the choice to the backend; "scan", over time in parallel,
-            is refused, as no backend has such a kernel.
+        algorithm: "sequential" walks over time. "scan" takes chunks of time in parallel, to the same results within
+            rounding: in the forward of relu, relu6, hardtanh and identity, and in the backward of every activation;
+            the forward of the others is walked, and so is a column that meets NaN, infinity or an overflow. It is
+            for long sequences of few columns on a GPU; cpp refuses it. "auto" leaves the choice to the backend.
         backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns:
@@ -184,7 +182,7 @@ def indrnn(
         algorithm=algorithm,
     )
     backend = backends.choose("indrnn", backend, BACKENDS, call)
-    if backend == "reference":
+    if backend == "reference" and (algorithm != "scan" or backends.under_transform()):
         return reference.indrnn(x, weight_hh, h0, **call.definition())
     if backends.dispatches(*call[:6]):
         output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)

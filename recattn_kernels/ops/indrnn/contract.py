@@ -58,12 +58,18 @@ def _refusal(call: Call) -> str | None:
     return None
 
 
+def _cpp_refusal(call: Call) -> str | None:
+    if call.algorithm == "scan":
+        return "it has no scan: a CPU has too few lanes to gain by computing everything twice"
+    return _refusal(call)
+
+
 def _gpu_refusal(call: Call) -> str | None:
     return "it has no float64 kernel" if call.x.dtype == torch.float64 else _refusal(call)
 
 
 # A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order of those two waits for a measurement on a GPU.
-BACKENDS: backends.Table = {"cpp": _refusal, "triton": _gpu_refusal, "cuda": _gpu_refusal}
+BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _gpu_refusal, "cuda": _gpu_refusal}
 
 _ARGUMENTS = (
     "Tensor weight_hh, Tensor? h0, Tensor? bias, Tensor? reset, Tensor? lengths, str activation, "
@@ -95,17 +101,22 @@ def empty_backward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def _module(backend: str) -> str:
+    # The reference comes here for algorithm="scan" alone: as the definition it needs no derivative of ours.
+    return "scan" if backend == "reference" else backend
+
+
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     call, backend = Call(*args[:-1]), args[-1]
     if call.lengths is not None:
         checks.length_values("indrnn", call.lengths, call.sizes[0])  # a compiled caller could not look at them
-    output, h_n = backends.load("indrnn", backend).forward(call)
+    output, h_n = backends.load("indrnn", _module(backend)).forward(call)
     return output, h_n
 
 
 def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     call, backend = Call(*args[:-1]), args[-1]  # call.x is the output
-    return tuple(backends.load("indrnn", backend).backward(grad_output, grad_h_n, call))
+    return tuple(backends.load("indrnn", _module(backend)).backward(grad_output, grad_h_n, call))
 
 
 for _key in ("CPU", "CUDA"):

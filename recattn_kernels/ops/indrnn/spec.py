@@ -1,4 +1,4 @@
-"""IndRNN for the tests and the benchmarks: samples, workloads, and the least that a call costs."""
+"""IndRNN for the tests and the benchmarks: samples, workloads, sweeps, and the least that a call costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, BACKENDS
-from recattn_kernels.spec import OpSpec, Sample, Workload
+from recattn_kernels.spec import OpSpec, Sample, Sweep, Workload
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,7 +32,8 @@ def sample(name: str, T: int, B: int, H: int, /, *, finite: bool = True, smooth:
         values = {key: value(generator, T, B, H) if callable(value) else value for key, value in options_.items()}
         return (x, u), values
 
-    return Sample(name, make, finite, smooth)
+    refused_by = ("cpp",) if options.get("algorithm") == "scan" else ()
+    return Sample(name, make, finite, smooth, refused_by)
 
 
 def state(generator: Generator, T: int, B: int, H: int) -> Tensor:
@@ -92,6 +93,11 @@ def transposed(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return randn(generator, B, T, H, grad=False).transpose(0, 1).requires_grad_()
 
 
+def steep(u: Tensor) -> Tensor:
+    """A product of a chunk's weights is infinite in float32; a bounded activation keeps the sequence finite."""
+    return (u.detach().sign() * 6e4).requires_grad_()
+
+
 def zeros(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return torch.zeros(T, B, H, dtype=torch.float64).requires_grad_()
 
@@ -145,6 +151,20 @@ SAMPLES = (
     sample("nan_past_the_end", 7, 3, 5, activation="tanh", x=past_the_end, lengths=[3, 0, 2]),
     sample("nan_reset", 7, 2, 5, x=planted(float("nan")), finite=False,
            reset=lambda g, T, B, H: (torch.arange(T) == T // 2 + 1)[:, None].expand(T, B)),
+    *(sample(f"scan_{act}", 33, 2, 10, algorithm="scan", activation=act, h0=state, bias=bias) for act in ACTIVATIONS),
+    sample("scan_one_step", 1, 2, 3, algorithm="scan", h0=state, smooth=False),
+    sample("scan_everything", 33, 3, 5, **EVERYTHING, algorithm="scan"),
+    sample("scan_everything_reverse", 33, 3, 5, **EVERYTHING, algorithm="scan", reverse=True, activation="hardtanh",
+           grad_clip=0.7, smooth=False),
+    sample("scan_batch_first", 20, 3, 5, **(EVERYTHING | {"reset": reset_batch_first}), algorithm="scan",
+           batch_first=True, activation="identity", grad_clip=0.7, smooth=False),
+    sample("scan_zero_weight", 20, 2, 5, algorithm="scan", u=lambda u: (u * 0).detach().requires_grad_(), h0=state),
+    sample("scan_steep", 66, 1, 6, algorithm="scan", activation="relu6", u=steep, smooth=False),
+    sample("scan_nan", 33, 2, 5, algorithm="scan", x=planted(float("nan")), finite=False),
+    sample("scan_inf", 33, 2, 5, algorithm="scan", activation="identity", x=planted(float("inf")), finite=False),
+    sample("scan_nan_reset", 33, 2, 5, algorithm="scan", x=planted(float("nan")), finite=False,
+           reset=lambda g, T, B, H: (torch.arange(T) == T // 2 + 1)[:, None].expand(T, B)),
+    sample("scan_no_steps", 0, 3, 5, algorithm="scan", h0=state, bias=bias),
 )  # fmt: skip
 
 WORKLOADS = (
@@ -169,6 +189,29 @@ def cost(workload: Workload, dtype: torch.dtype, backward: bool) -> tuple[int, i
     return (5 if backward else 2) * n * dtype.itemsize, (3 + (6 if backward else 0)) * n
 
 
+# The largest weight of a sweep. Nearer to 1, one of a few columns remembers far longer than the others, and its
+# rounding alone decides each check: in a dozen sizes that goes wrong by chance.
+SWEEP_WEIGHT = 0.9
+
+
+def sweep_inputs(workload: Workload, dtype: torch.dtype, device: str, generator: Generator) -> Arguments:
+    T, B, H = (workload.sizes[name] for name in "TBH")
+    x = torch.randn(T, B, H, generator=generator).to(device, dtype).requires_grad_()
+    u = (torch.rand(H, generator=generator) * SWEEP_WEIGHT).to(device, dtype).requires_grad_()
+    return (x, u), {}
+
+
+STEPS = tuple(2**k for k in range(6, 17))  # 64 to 65,536
+COLUMNS = tuple(4**k for k in range(3, 11))  # 64 to 1,048,576
+
+# float32 tensors of at most 268 MB on a CPU, so that the peers, which hold ten of them or so, fit in 8 GB; a GPU's may
+# take 1.1 GB. 512 columns leave most of a GPU idle: there a scan over time has something to gain.
+SWEEPS = (
+    Sweep("over-T", "T", {T: {"T": T, "B": 4, "H": 128} for T in STEPS}, inputs=sweep_inputs),
+    Sweep("over-BH", "B*H", {n: {"T": 64, "B": n // 64, "H": 64} for n in COLUMNS}, ("cpu",), sweep_inputs),
+    Sweep("over-BH", "B*H", {n: {"T": 256, "B": n // 64, "H": 64} for n in COLUMNS}, ("cuda",), sweep_inputs),
+)
+
 FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 SPEC = OpSpec(
@@ -180,4 +223,6 @@ SPEC = OpSpec(
     workloads=WORKLOADS,
     inputs=inputs,
     cost=cost,
+    sweeps=SWEEPS,
+    variants=({"algorithm": "sequential"}, {"algorithm": "scan"}),
 )
