@@ -11,12 +11,13 @@ GPU_BUILD := RECATTN_BUILD_CUDA=1 timeout $(GPU_LIMIT) python3 setup.py build_ex
 GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint aot demo gpu gpu-test gpu-check gpu-bench clean
+.PHONY: help setup bench test test-csrc lint aot demo gpu gpu-test gpu-check gpu-bench clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
 	@echo "make bench      what the kernels gain on this machine, on real data"
 	@echo "make test       the tests, then those that run in Triton's interpreter"
+	@echo "make test-csrc  the C++ of csrc alone, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint       ruff and mypy"
 	@echo "make aot        every Triton kernel compiled for every GPU architecture, without a GPU"
 	@echo "make demo       the adding problem, small"
@@ -30,7 +31,8 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	@touch $@
 
 # The folders are listed too: their dates change when a source is added or removed.
-$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(wildcard csrc csrc/* csrc/*/*)
+$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml \
+		$(filter-out csrc/tests%,$(wildcard csrc csrc/* csrc/*/*))
 	@echo "Building csrc"
 	@RECATTN_BUILD_CUDA=$${RECATTN_BUILD_CUDA:-0} $(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -c 'import runpy, sys; sys.exit(runpy.run_path("recattn_kernels/_build_info.py")["CPU"])'
@@ -47,6 +49,40 @@ bench: setup
 test: setup
 	$(BIN)/python -m pytest -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+
+# As in setup.py: a kernel source is compiled once per instruction set, and so are the tests of cells.h.
+CSRC_TESTS := build/csrc-tests
+X86 := $(filter x86_64,$(shell uname -m))
+ISAS := isa_base $(if $(X86),isa_v3 isa_v4)
+isa_base := $(if $(X86),-march=x86-64)
+isa_v3 := -march=x86-64-v3
+isa_v4 := -march=x86-64-v4 -mprefer-vector-width=512
+PER_ISA := $(filter-out csrc/cpu/bindings.cpp,$(wildcard csrc/cpu/*.cpp)) csrc/tests/test_cells.cpp
+ONCE := $(filter-out $(PER_ISA),$(wildcard csrc/tests/*.cpp))
+SANITIZED = $(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra \
+	-fno-math-errno -fno-trapping-math -ffp-contract=fast $$(cat $(CSRC_TESTS)/openmp)
+
+# -fopenmp where the compiler, its headers and its linker have OpenMP.
+$(CSRC_TESTS)/openmp:
+	@mkdir -p $(@D)
+	@echo '#include <omp.h>' > $@.cpp; echo 'int main() { return omp_get_max_threads() < 1; }' >> $@.cpp
+	@if $(CXX) -fopenmp $@.cpp -o $@.probe 2> /dev/null; then echo -fopenmp; fi > $@
+
+define CSRC_TESTS_RULE
+$(CSRC_TESTS)/%.$(1).o: csrc/%.cpp $(CSRC_TESTS)/openmp
+	@mkdir -p $$(@D)
+	@echo "Compiling $$< for $(1)"
+	@$$(SANITIZED) $($(1)) -DRECATTN_ISA=$(1) -MMD -MP -c $$< -o $$@
+endef
+$(foreach isa,$(ISAS),$(eval $(call CSRC_TESTS_RULE,$(isa))))
+-include $(wildcard $(CSRC_TESTS)/*/*.d)
+
+$(CSRC_TESTS)/run: $(foreach isa,$(ISAS),$(PER_ISA:csrc/%.cpp=$(CSRC_TESTS)/%.$(isa).o)) \
+		$(ONCE:csrc/%.cpp=$(CSRC_TESTS)/%.isa_base.o)
+	@$(SANITIZED) $^ -o $@
+
+test-csrc: $(CSRC_TESTS)/run
+	$<
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t TILE = 2048;  // columns
 constexpr int64_t CHUNK = 128;  // elements of a row worked on at a time, so that fetching, arithmetic and storing overlap
 
+// A sum over time is one over so many steps at a time, summed: the error grows with their number, not with T.
+constexpr int64_t SUM_STEPS = 64;
+
 // A result of at least this many bytes goes past the caches to memory: to store it in them, they would first read what
 // it overwrites, and evict what is read next.
 constexpr int64_t STREAM_FROM = int64_t(8) << 20;
@@ -59,12 +62,13 @@ inline bool resets(const Indrnn& p, int64_t t, int64_t b) {
   return p.reset && p.reset[t * p.reset_stride_t + b * p.reset_stride_b];
 }
 
-// Only whole lines of the cache can go past it.
+// Only whole lines of the cache can go past it, and a row must not share its last one.
 template <class S>
 bool streams(const Indrnn& p, const Sequence& to) {
   const auto address = reinterpret_cast<uintptr_t>(to.data);
   const int64_t element = sizeof(S);
-  return p.T * p.B * p.H * element >= STREAM_FROM && (address | to.stride_t * element | to.stride_b * element) % 64 == 0;
+  const auto edges = address | to.stride_t * element | to.stride_b * element | p.H * element;
+  return p.T * p.B * p.H * element >= STREAM_FROM && edges % 64 == 0;
 }
 
 // Copies n elements past the caches; end_streaming() orders them before whatever the thread stores next.
@@ -143,12 +147,21 @@ void forward_tile(const IndrnnForward& p, Tile tile) {
         const int64_t n = least(CHUNK, tile.width - i);
         fetch<0>(x + i + ahead * p.x.stride_t, n);
         if (!stream) fetch<1>(out + i + ahead * p.output.stride_t, n);
-        forward_row<A, BIAS>(x + i, stream ? line : out + i, h + i, u + i, bias + i, slope, n);
+        forward_row<A, BIAS>(x + i, stream ? line : out + i, h + i, u + i, BIAS ? bias + i : nullptr, slope, n);
         if (stream) stream_row(out + i, line, n);
       }
     }
   }
   if (stream) end_streaming();
+}
+
+// Adds the sums over some steps to those over all of them, and starts anew.
+template <class R>
+void fold(R* __restrict total, R* __restrict part, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    total[i] += part[i];
+    part[i] = R(0);
+  }
 }
 
 // One step of one row, with prev = h[t-1] and flow = dL/dh[t] from later steps:
@@ -162,7 +175,7 @@ void backward_row(const S* __restrict dy, const S* __restrict h, const P* __rest
     if constexpr (DY) g += load(dy[i]);
     g = clamp_symmetric(g, clip) * derivative<A>(R(load(h[i])), slope);
     store(dx + i, g);
-    if constexpr (PREV) du[i] += g * load(prev[i]);
+    du[i] += g * (PREV ? R(load(prev[i])) : R(0));  // 0 times NaN is NaN
     db[i] += g;
     flow[i] = u[i] * g;
   }
@@ -174,12 +187,12 @@ void backward_tile(const IndrnnBackward& p, Tile tile) {
   const R* u = static_cast<const R*>(p.weight_hh) + tile.h0;
   const R clip = R(p.grad_clip), slope = R(p.negative_slope);
   const auto columns = [&](void* data, int64_t b) { return static_cast<R*>(data) + b * p.H + tile.h0; };
-  R* du_all = static_cast<R*>(p.grad_columns);
-  R* db_all = du_all + p.B * p.H;
+  const auto sums = [&](int which, int64_t b) {
+    return static_cast<R*>(p.grad_columns) + (which * p.B + b) * p.H + tile.h0;
+  };
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     copy_or_zero(columns(p.grad_h0, b), p.grad_h_n, b * p.H + tile.h0, tile.width);
-    memset(columns(du_all, b), 0, tile.width * sizeof(R));
-    memset(columns(db_all, b), 0, tile.width * sizeof(R));
+    for (int which = 0; which < 4; ++which) memset(sums(which, b), 0, tile.width * sizeof(R));
   }
   const int64_t back = p.reverse ? 1 : -1;  // where the step taken before lies
   const bool stream = streams<S>(p, p.grad_x);
@@ -194,7 +207,7 @@ void backward_tile(const IndrnnBackward& p, Tile tile) {
       }
       const S* dy = row<S>(p.grad_output, t, b, tile.h0);
       const S* h = row<S>(p.output, t, b, tile.h0);
-      R *flow = columns(p.grad_h0, b), *du = columns(du_all, b), *db = columns(db_all, b);
+      R *flow = columns(p.grad_h0, b), *du = sums(2, b), *db = sums(3, b);
       const bool fresh = resets(p, t, b);
       const int64_t before = t + back;
       const S* prev = nullptr;
@@ -206,20 +219,27 @@ void backward_tile(const IndrnnBackward& p, Tile tile) {
       }
       for (int64_t i = 0; i < tile.width; i += CHUNK) {
         const int64_t n = least(CHUNK, tile.width - i);
+        const S* dy_i = DY ? dy + i : nullptr;
         if (DY) fetch<0>(dy + i + back * p.grad_output.stride_t, n);
         fetch<0>(h + i + 2 * back * p.output.stride_t, n);  // h[t-1] is read in this step
         if (!stream) fetch<1>(dx + i + back * p.grad_x.stride_t, n);
         S* to = stream ? line : dx + i;
         if (prev) {
-          backward_row<A, DY, true>(dy + i, h + i, prev + i, to, flow + i, du + i, db + i, u + i, clip, slope, n);
+          backward_row<A, DY, true>(dy_i, h + i, prev + i, to, flow + i, du + i, db + i, u + i, clip, slope, n);
         } else if (start) {
-          backward_row<A, DY, true>(dy + i, h + i, start + i, to, flow + i, du + i, db + i, u + i, clip, slope, n);
+          backward_row<A, DY, true>(dy_i, h + i, start + i, to, flow + i, du + i, db + i, u + i, clip, slope, n);
         } else {
-          backward_row<A, DY, false>(dy + i, h + i, start, to, flow + i, du + i, db + i, u + i, clip, slope, n);
+          backward_row<A, DY, false>(dy_i, h + i, start, to, flow + i, du + i, db + i, u + i, clip, slope, n);
         }
         if (stream) stream_row(dx + i, line, n);
       }
       if (fresh) memset(flow, 0, tile.width * sizeof(R));
+    }
+    if (step % SUM_STEPS == SUM_STEPS - 1 || step == p.T - 1) {
+      for (int64_t b = tile.b0; b < tile.b1; ++b) {
+        fold(sums(0, b), sums(2, b), tile.width);
+        fold(sums(1, b), sums(3, b), tile.width);
+      }
     }
   }
   if (stream) end_streaming();
