@@ -24,7 +24,7 @@ Plain plain(const Typed& x) { return {pointer(std::get<0>(x)), Dtype(std::get<1>
 
 template <class P>
 P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int activation, double negative_slope,
-         Typed weight_hh, Typed h0, const Strided& reset, uintptr_t lengths, bool reverse) {
+         Typed weight_hh, Typed h0, const Strided& reset, uintptr_t lengths, bool reverse, bool scan) {
   P p{};
   std::tie(p.T, p.B, p.H) = sizes;
   p.dtype = Dtype(dtype);
@@ -37,6 +37,7 @@ P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int acti
   p.reset_stride_b = std::get<2>(reset);
   p.lengths = pointer<int64_t>(lengths);
   p.reverse = reverse;
+  p.scan = scan;
   return p;
 }
 
@@ -44,9 +45,9 @@ P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int acti
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("indrnn_forward", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, int activation, double slope,
-                             Typed weight_hh, Typed h0, Strided reset, uintptr_t lengths, bool reverse,
+                             Typed weight_hh, Typed h0, Strided reset, uintptr_t lengths, bool reverse, bool scan,
                              uintptr_t stream, Typed bias, Strided x, Strided output, Typed h_n) {
-    auto p = common<IndrnnForward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse);
+    auto p = common<IndrnnForward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse, scan);
     p.bias = plain(bias);
     p.x = sequence(x);
     p.output = sequence(output);
@@ -55,11 +56,11 @@ PYBIND11_MODULE(_cuda, m) {
   });
 
   m.def("indrnn_backward", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, int activation, double slope,
-                              Typed weight_hh, Typed h0, Strided reset, uintptr_t lengths, bool reverse,
+                              Typed weight_hh, Typed h0, Strided reset, uintptr_t lengths, bool reverse, bool scan,
                               uintptr_t stream, double grad_clip, Strided grad_output, Strided output, Typed grad_h_n,
                               Strided grad_x, Typed grad_h0, uintptr_t grad_columns, Typed grad_weight_hh,
                               Typed grad_bias) {
-    auto p = common<IndrnnBackward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse);
+    auto p = common<IndrnnBackward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse, scan);
     p.grad_clip = float(grad_clip);
     p.grad_output = sequence(grad_output);
     p.output = sequence(output);

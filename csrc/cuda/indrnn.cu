@@ -1,41 +1,11 @@
 // IndRNN (Li et al., 2018) on an NVIDIA GPU: h[t] = act(x[t] + bias + weight_hh * h[t-1]).
 //
 // A thread owns one column (b, h), or two adjacent ones of a 16-bit type, and walks over time.
-#include <stdexcept>
-#include <string>
-
-#include "stream.cuh"
+#include "indrnn.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {
 namespace {
-
-// What both directions know about a thread's columns. GATED: there are resets or lengths.
-template <class E, bool GATED>
-struct Columns {
-  static constexpr int N = E::COLUMNS;
-  int64_t first, b, h, length;
-  float u[N];
-
-  __device__ explicit Columns(const Indrnn& p) : first((int64_t(blockIdx.x) * THREADS + threadIdx.x) * N) {
-    if (!exist(p)) return;
-    b = first / p.H;
-    h = first % p.H;
-    for (int j = 0; j < N; ++j) u[j] = load(p.weight_hh, h + j);
-    length = p.T;
-    if (GATED && p.lengths) length = p.lengths[b] < 0 ? 0 : (p.lengths[b] > p.T ? p.T : p.lengths[b]);
-  }
-  __device__ bool exist(const Indrnn& p) const { return first < p.B * p.H; }
-
-  __device__ Walk<typename E::Word> walk(const Indrnn& p, const Sequence& s, bool backwards) const {
-    return {s.data, b * s.stride_b + h, s.stride_t, int64_t(sizeof(typename E::Word)) / N, p.T, backwards};
-  }
-  // A row's resets are few bytes that its columns share through the cache: plain loads, a chunk ahead.
-  __device__ Stream<uint8_t, false, true> resets(const Indrnn& p, bool backwards) const {
-    uint8_t* data = GATED ? const_cast<uint8_t*>(p.reset) : nullptr;
-    return {Walk<uint8_t>(data, b * p.reset_stride_b, p.reset_stride_t, 1, p.T, backwards), p.T, nullptr, 1};
-  }
-};
 
 template <class E, Activation A, bool GATED>
 __global__ void __launch_bounds__(THREADS) forward_kernel(const __grid_constant__ IndrnnForward p, int depth) {
@@ -107,11 +77,12 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
   const Columns<E, GATED> columns(p);
   if (!columns.exist(p)) return;
 
-  float flow[N], start[N], h[N] = {}, du[N] = {}, db[N] = {};  // flow = dL/dh[t] from the steps taken later
+  float flow[N], start[N], h[N] = {}, du_part[N], db_part[N];  // flow = dL/dh[t] from the steps taken later
   for (int j = 0; j < N; ++j) {
     flow[j] = load(p.grad_h_n, columns.first + j);
     start[j] = load(p.h0, columns.first + j);
   }
+  Sum du[N], db[N];
   Walk<Word> dx = columns.walk(p, p.grad_x, !p.reverse);
   // h[t-1] is read one step ahead of h[t], which it becomes: every value of output is loaded once.
   Walk<Word> h_walk = columns.walk(p, p.output, !p.reverse);
@@ -131,8 +102,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
       const float before = GATED && reset ? 0.0f : (has_before ? h_before[j] : start[j]);
       const float g = clamp_symmetric(dy[j] + flow[j], p.grad_clip) * derivative<A>(h[j], p.negative_slope);
       dy[j] = taken ? g : 0.0f;
-      du[j] = taken ? du[j] + g * before : du[j];
-      db[j] += dy[j];
+      du_part[j] = taken ? du_part[j] + g * before : du_part[j];
+      db_part[j] += dy[j];
       const float to_before = GATED && reset ? 0.0f : columns.u[j] * g;
       flow[j] = taken ? to_before : flow[j];
       h[j] = h_before[j];
@@ -161,6 +132,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
       resets.read(reset);
       resets.copy();
     }
+    for (int j = 0; j < N; ++j) du_part[j] = db_part[j] = 0.0f;
     if (step + CHUNK < p.T) {
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) take(step + i, h_words[i], dy_words[i], reset[i]);
@@ -170,10 +142,14 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
         if (step + i < p.T) take(step + i, h_words[i], dy_words[i], reset[i]);
       }
     }
+    for (int j = 0; j < N; ++j) {
+      du[j].add(du_part[j]);
+      db[j].add(db_part[j]);
+    }
   }
   for (int j = 0; j < N; ++j) {
-    p.grad_columns[columns.first + j] = du[j];
-    p.grad_columns[p.B * p.H + columns.first + j] = db[j];
+    p.grad_columns[columns.first + j] = du[j].value();
+    p.grad_columns[p.B * p.H + columns.first + j] = db[j].value();
     store(p.grad_h0, columns.first + j, flow[j]);
   }
 }
@@ -198,11 +174,6 @@ __global__ void __launch_bounds__(32 * SUM_ROWS) sum_rows_kernel(const __grid_co
   store(to, h, sum);
 }
 
-void check(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 int multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);
@@ -221,45 +192,13 @@ void launch(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream
   check(what);
 }
 
-// True where every pair of columns (2i, 2i + 1) is one aligned word.
-bool paired(const Indrnn& p, std::initializer_list<const Sequence*> sequences) {
-  bool even = p.H % 2 == 0;
-  for (const Sequence* s : sequences) {
-    even = even && reinterpret_cast<uintptr_t>(s->data) % 4 == 0 && s->stride_t % 2 == 0 && s->stride_b % 2 == 0;
-  }
-  return even;
-}
-
-template <class E, class F>
-void by_activation(Activation a, F f) {
-  switch (a) {
-    case Activation::relu: return f.template operator()<E, Activation::relu>();
-    case Activation::tanh: return f.template operator()<E, Activation::tanh>();
-    case Activation::sigmoid: return f.template operator()<E, Activation::sigmoid>();
-    case Activation::identity: return f.template operator()<E, Activation::identity>();
-    case Activation::leaky_relu: return f.template operator()<E, Activation::leaky_relu>();
-    case Activation::relu6: return f.template operator()<E, Activation::relu6>();
-    case Activation::hardtanh: return f.template operator()<E, Activation::hardtanh>();
-  }
-}
-
-template <class F>
-void by_element(const Indrnn& p, bool pairs, F f) {
-  switch (p.dtype) {
-    case Dtype::float32: return by_activation<One32>(p.activation, f);
-    case Dtype::bfloat16:
-      return pairs ? by_activation<Two16<BFloat16>>(p.activation, f) : by_activation<One16<BFloat16>>(p.activation, f);
-    case Dtype::float16:
-      return pairs ? by_activation<Two16<Float16>>(p.activation, f) : by_activation<One16<Float16>>(p.activation, f);
-  }
-}
-
 }  // namespace
 }  // namespace RECATTN_ISA
 
 using namespace RECATTN_ISA;
 
 void indrnn_forward(const IndrnnForward& p, cudaStream_t stream) {
+  if (p.scan) return indrnn_forward_scan(p, stream);
   const bool gated = p.reset || p.lengths;
   by_element(p, paired(p, {&p.x, &p.output}), [&]<class E, Activation A>() {
     const auto kernel = gated || !E::ASYNC ? forward_kernel<E, A, true> : forward_kernel<E, A, !E::ASYNC>;
@@ -269,10 +208,15 @@ void indrnn_forward(const IndrnnForward& p, cudaStream_t stream) {
 
 void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream) {
   const bool gated = p.reset || p.lengths;
-  by_element(p, paired(p, {&p.grad_output, &p.output, &p.grad_x}), [&]<class E, Activation A>() {
+  const auto walk = [&]<class E, Activation A>() {
     const auto kernel = gated || !E::ASYNC ? backward_kernel<E, A, true> : backward_kernel<E, A, !E::ASYNC>;
     launch<E>(kernel, p, 2, stream, "indrnn: the backward kernel");
-  });
+  };
+  if (p.scan) {
+    indrnn_backward_scan(p, stream);
+  } else {
+    by_element(p, paired(p, {&p.grad_output, &p.output, &p.grad_x}), walk);
+  }
   if (p.H == 0) return;
   sum_rows_kernel<<<dim3(unsigned((p.H + 31) / 32), 2), dim3(32, SUM_ROWS), 0, stream>>>(p);
   check("indrnn: the sum over the batch");

@@ -33,6 +33,7 @@ struct Indrnn {
   int64_t reset_stride_t, reset_stride_b;
   const int64_t* lengths;  // (B,) or null; clamped to [0, T]
   bool reverse;
+  bool scan;  // over time in parallel; forward: relu, relu6, hardtanh and identity alone
 };
 
 struct IndrnnForward : Indrnn {
@@ -52,5 +53,8 @@ struct IndrnnBackward : Indrnn {
 
 void indrnn_forward(const IndrnnForward& p, cudaStream_t stream);
 void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream);
+// Of the two functions above, where p.scan; the sums over the batch are left out.
+void indrnn_forward_scan(const IndrnnForward& p, cudaStream_t stream);
+void indrnn_backward_scan(const IndrnnBackward& p, cudaStream_t stream);
 
 }  // namespace recattn

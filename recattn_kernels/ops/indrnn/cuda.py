@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops.indrnn import scan
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_backward, empty_forward
 from recattn_kernels.strides import contiguous, contiguous_rows, strided
 
@@ -28,7 +29,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         _cuda().indrnn_forward(
             call.sizes, DTYPES.index(x.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
             typed(weight_hh), typed(h0), strided(call.reset, call.time), 0 if lengths is None else lengths.data_ptr(),
-            call.reverse, torch.cuda.current_stream().cuda_stream, typed(bias), strided(x, call.time),
+            call.reverse, scan.pays(call, multiprocessors(x), forward=True), stream(), typed(bias), strided(x, call.time),
             strided(output, call.time), typed(h_n),
         )  # fmt: skip
     return output, h_n
@@ -45,7 +46,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
         _cuda().indrnn_backward(
             call.sizes, DTYPES.index(output.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
             typed(weight_hh), typed(h0), strided(call.reset, call.time), 0 if lengths is None else lengths.data_ptr(),
-            call.reverse, torch.cuda.current_stream().cuda_stream,
+            call.reverse, scan.pays(call, multiprocessors(output), forward=False), stream(),
             math.inf if call.grad_clip is None else call.grad_clip, strided(dy, call.time),
             strided(output, call.time), typed(dh_n), strided(dx, call.time), typed(dh0), columns.data_ptr(), typed(du),
             typed(db),
@@ -55,6 +56,14 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
 
 def device_lengths(call: Call) -> Tensor | None:
     return None if call.lengths is None else call.lengths.to(call.x.device).contiguous()
+
+
+def multiprocessors(x: Tensor) -> int:
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
 
 
 def _cuda() -> Any:
