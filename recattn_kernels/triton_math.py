@@ -94,6 +94,19 @@ def keep_inside(h, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def add_to_sum(total, lost, part):
+    """A sum over many steps: total + part, and what rounding has lost of it so far."""
+    after = total + part
+    came = after - total
+    return after, lost + ((total - (after - came)) + (part - came))
+
+
+@triton.jit
+def sum_value(total, lost):
+    return tl.where(tl.abs(total) < float("inf"), total + lost, total)
+
+
+@triton.jit
 def clamp_symmetric(v, limit):
     """max(min(v, limit), -limit), NaN kept."""
     v = tl.where(v > limit, limit, v)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, keep_inside
+from recattn_kernels.triton_math import activate, add_to_sum, clamp_symmetric, derivative, keep_inside, sum_value
 from recattn_kernels.triton_steps import columns, load_steps, stack, store_steps, unstack, walk
 
 
@@ -84,8 +84,7 @@ def backward_kernel(
     u = tl.load(weight_hh_ptr + unit, mask=mask).to(tl.float32)
     start = tl.zeros((BLOCK,), tl.float32)
     flow = start  # dL/dh[t] from the steps taken later
-    du = start
-    db = start
+    du_sum, du_lost, db_sum, db_lost = start, start, start, start
     if h0_ptr is not None:
         start = tl.load(h0_ptr + column, mask=mask).to(tl.float32)
     if grad_h_n_ptr is not None:
@@ -121,6 +120,8 @@ def backward_kernel(
             reset_at += STEPS * reset_next
             reset_tile = load_steps(reset_at, reset_next, first + STEPS, T, mask, STEPS)
         grads = ()
+        du = tl.zeros((BLOCK,), tl.float32)
+        db = du
         for i in tl.static_range(STEPS):
             taken = first + i < T
             has_before = first + i + 1 < T
@@ -151,8 +152,10 @@ def backward_kernel(
             h = h_before
         store_steps(dx_at, dx_next, first, T, mask, stack(grads))
         dx_at += STEPS * dx_next
-    tl.store(rows_ptr + column, du, mask=mask)
-    tl.store(rows_ptr + B.to(tl.int64) * H + column, db, mask=mask)
+        du_sum, du_lost = add_to_sum(du_sum, du_lost, du)
+        db_sum, db_lost = add_to_sum(db_sum, db_lost, db)
+    tl.store(rows_ptr + column, sum_value(du_sum, du_lost), mask=mask)
+    tl.store(rows_ptr + B.to(tl.int64) * H + column, sum_value(db_sum, db_lost), mask=mask)
     if grad_h0_ptr is not None:
         tl.store(grad_h0_ptr + column, dh0.to(grad_h0_ptr.dtype.element_ty), mask=mask)
 

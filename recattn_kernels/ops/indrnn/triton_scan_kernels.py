@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, keep_inside
+from recattn_kernels.triton_math import activate, add_to_sum, clamp_symmetric, derivative, keep_inside, sum_value
 from recattn_kernels.triton_steps import load_steps, stack, store_steps, unstack, walk
 
 INFINITY = tl.constexpr(float("inf"))
@@ -251,7 +251,8 @@ def backward_scan_kernel(
     b, unit, column, mask, step = lanes(B, H, CHUNKS, STEPS, COLUMNS)
     u = tl.load(weight_hh_ptr + unit, mask=mask, other=0.0).to(tl.float32)
     zeros = tl.zeros((CHUNKS * COLUMNS,), tl.float32)
-    start_h, flow, du, db = zeros, zeros, zeros, zeros  # flow: dL/dh before the tile, from the steps taken later
+    start_h, flow = zeros, zeros  # flow: dL/dh before the tile, from the steps taken later
+    du_sum, du_lost, db_sum, db_lost = zeros, zeros, zeros, zeros
     if h0_ptr is not None:
         start_h = tl.load(h0_ptr + column, mask=mask, other=0.0).to(tl.float32)
     if grad_h_n_ptr is not None:
@@ -322,6 +323,7 @@ def backward_scan_kernel(
         grads, ends = backward_chunk(dy, slopes, resets, start, u, step, begin, end, grad_clip)
         _, flow = shift(ends, flow, COLUMNS)
         words = ()
+        du, db = zeros, zeros
         for i in tl.static_range(STEPS):
             before = h_last
             if i + 1 < STEPS:
@@ -337,8 +339,10 @@ def backward_scan_kernel(
         store_steps(dx_at, dx_next, step, T, mask, stack(words))
         dx_at += TILE * dx_next
         step += TILE
-    du = tl.sum(tl.reshape(du, (CHUNKS, COLUMNS)), 0)
-    db = tl.sum(tl.reshape(db, (CHUNKS, COLUMNS)), 0)
+        du_sum, du_lost = add_to_sum(du_sum, du_lost, du)
+        db_sum, db_lost = add_to_sum(db_sum, db_lost, db)
+    du = tl.sum(tl.reshape(sum_value(du_sum, du_lost), (CHUNKS, COLUMNS)), 0)
+    db = tl.sum(tl.reshape(sum_value(db_sum, db_lost), (CHUNKS, COLUMNS)), 0)
     first = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = first < B.to(tl.int64) * H
     tl.store(rows_ptr + first, du, mask=inside)
