@@ -115,24 +115,30 @@ def quick_samples(spec: OpSpec) -> Sequence[Sample]:
 
 def bench(options: argparse.Namespace) -> int:
     """Times every op beside its peers, each result checked first; 1 where one is wrong."""
-    from recattn_kernels.bench import report, runner, training
+    from recattn_kernels.bench import report, runner, sweep, training
 
     if options.plot is not None:
         import matplotlib  # noqa: F401  (to fail before minutes of work, not after)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    result = runner.run(
-        op=options.op,
-        workload=options.workload,
-        device=device,
-        backend=options.backend,
-        dtype=getattr(torch, options.dtype),
-        quick=options.quick,
-    )
+    how: dict[str, Any] = {
+        "device": device,
+        "backend": options.backend,
+        "dtype": getattr(torch, options.dtype),
+        "quick": options.quick,
+    }
+    sweeps = sweep.select(options.op, options.workload, device) if options.plot is not None else []
+    if options.workload is not None and sweeps:  # it names a sweep
+        result = runner.Report()
+    else:
+        result = runner.run(op=options.op, workload=options.workload, **how)
+    lines = sweep.run(result, sweeps, **how)
     report.show(result)
+    sweep.show(lines)
     if options.json is not None:
         print(f"wrote {report.write_json(result, options.json)}")
     if options.plot is not None:
-        print("wrote", *report.plot(result.rows, options.plot))
+        charts = report.plot(result.rows, options.plot)
+        print("wrote", *charts, *sweep.plot(lines, options.plot, result.environment))
     failed = bool(result.failures)
     if options.op is None and options.workload is None:
         wrong = training.section(device, options.quick)
@@ -160,10 +166,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--backend", choices=fused, help="only this fused backend")
         sub.add_argument("--device", choices=("cpu", "cuda"), help="default: what the machine has")
         sub.add_argument("--quick", action="store_true", help="less of everything")
-    sub.add_argument("--workload", metavar="NAME", help="only this workload")
+    sub.add_argument("--workload", metavar="NAME", help="only this workload or, with --plot, this sweep")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there; in a folder: <device>.json")
-    sub.add_argument("--plot", type=Path, metavar="DIR", help="write a bar chart of each workload there")
+    plot = "write a bar chart of each workload there; runs the sweeps too, in minutes, and draws time against size"
+    sub.add_argument("--plot", type=Path, metavar="DIR", help=plot)
     return top
 
 

@@ -60,6 +60,7 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     compile: bool
+    unroll: int = 64  # a loop of at most so many steps is compiled whole
 
     def impl(self, name: str, call: Callable[..., Any], **options: Any) -> Impl:
         """A row that calls call(*args, **kwargs) of the op."""
@@ -68,8 +69,8 @@ class Case:
 
 # Cached: dynamo compiles anew for each new object and gives up after a few, so the copies of a case must share theirs.
 @functools.cache
-def reference_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.partial(function, backend="reference")
+def reference_of(function: Callable[..., Any], **variant: Any) -> Callable[..., Any]:
+    return functools.partial(function, backend="reference", **variant)
 
 
 @functools.cache
@@ -78,36 +79,51 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
-def build(case: Case, backend: str | None) -> tuple[list[Impl], dict[str, str]]:
-    """Every row of a case, and {backend: reason} for those that cannot run it. backend: leaves out the other fused."""
-    reasons = backends.explain(case.spec.name, *case.args, **case.kwargs)
-    named = [name for name in case.spec.backends if backend in (None, name)]
-    refused = {name: reason for name in named if (reason := reasons[name]) is not None}
+def label(backend: str, variant: Mapping[str, Any]) -> str:
+    """What a row of a backend is called: triton, or triton scan."""
+    return " ".join([backend, *map(str, variant.values())])
+
+
+def build(
+    case: Case, backend: str | None, variants: Sequence[Mapping[str, Any]] = ({},)
+) -> tuple[list[Impl], dict[str, str]]:
+    """Every row of a case, and {row: reason} for those that cannot run it.
+
+    backend: leaves out the other fused ones. variants: each backend has a row for each of them; the first defines the
+    op.
+    """
     function = case.spec.function
-    definition = reference_of(function)
-    impls = [
-        case.impl(name, functools.partial(function, backend=name), definition=definition, ours=True)
-        for name in named
-        if name not in refused
-    ]
-    impls.append(case.impl("reference", definition))
+    definition = reference_of(function, **variants[0])
+    reasons = [backends.explain(case.spec.name, *case.args, **case.kwargs, **variant) for variant in variants]
+    impls, refused = [], {}
+    for name in (*(name for name in case.spec.backends if backend in (None, name)), "reference"):
+        fused = name != "reference"
+        for variant, reason in ((v, r[name]) for v, r in zip(variants, reasons, strict=True)):
+            row = label(name, variant)
+            if reason is not None:
+                refused[row] = reason
+            elif fused or variant is not variants[0]:
+                call = functools.partial(function, backend=name, **variant)
+                impls.append(case.impl(row, call, definition=definition, ours=fused))
+            else:
+                impls.append(case.impl(row, definition))
     if case.spec.name in PEERS:
         impls += PEERS[case.spec.name](case, definition)
     return impls, refused
 
 
 def _indrnn(case: Case, definition: Callable[..., Any]) -> list[Impl]:
-    x, _ = case.args
+    x, u = case.args
     T, B, H = (case.workload.sizes[name] for name in "TBH")
     impls = []
     if case.compile:
         # Inductor unrolls the loop and takes about a second for four steps: a whole sequence of 784 takes minutes.
-        steps = T if T <= 64 else next((n for n in range(32, 15, -1) if T % n == 0), 32)
+        steps = T if case.unroll >= T else next((n for n in range(32, 15, -1) if T % n == 0), 32)
         run = compiled(definition) if steps == T else _in_chunks(definition, steps)
         name = "compile" if steps == T else f"compile/{steps}"
         impls.append(case.impl(name, run, definition=definition))
     impls.append(Impl("relu", functools.partial(torch.relu, x), (x,)))
-    return impls + _indrnn_layers(case, T, B, H)
+    return impls + _indrnn_layers(case, u, T, B, H)
 
 
 def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]:
@@ -125,8 +141,9 @@ def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]
     return run
 
 
-def _indrnn_layers(case: Case, T: int, B: int, H: int) -> list[Impl]:
+def _indrnn_layers(case: Case, u: Tensor, T: int, B: int, H: int) -> list[Impl]:
     from recattn_kernels.layers.indrnn import IndRNN
+    from recattn_kernels.ops.indrnn.spec import SWEEP_WEIGHT
 
     def cost(gates: int, recurrent: int, backward: bool) -> tuple[int, int]:
         """recurrent: multiply-adds that a state costs."""
@@ -139,7 +156,9 @@ def _indrnn_layers(case: Case, T: int, B: int, H: int) -> list[Impl]:
     factory: Mapping[str, Any] = {"device": case.device, "dtype": case.dtype}
     torch.manual_seed(0)
     input = torch.randn(T, B, H, **factory).requires_grad_()
-    ours = IndRNN(H, H, recurrent_max=2 ** (1 / T), **factory)
+    # The layer's weights are bounded as the op's are: by the paper's bound, or by that of a sweep.
+    bound = SWEEP_WEIGHT if float(u.detach().max()) <= SWEEP_WEIGHT else 2 ** (1 / T)
+    ours = IndRNN(H, H, recurrent_max=bound, **factory)
     # Time-major, cuDNN's own layout; batch_first takes as long on a CPU.
     layers: Sequence[tuple[str, nn.Module, Cost]] = (
         ("layer:nn.RNN(relu)", nn.RNN(H, H, nonlinearity="relu", **factory), functools.partial(cost, 1, H)),

@@ -38,7 +38,7 @@ def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
     return None
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -56,8 +56,8 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         row["pass"],
         row["impl"],
-        _ms(median),
-        "one run" if p10 == p90 else f"{_ms(p10)} to {_ms(p90)}",
+        milliseconds(median),
+        "one run" if p10 == p90 else f"{milliseconds(p10)} to {milliseconds(p90)}",
         _ratio(row, rows),
         f"{row['bytes'] / median / 1e6:.1f}",
         "" if peak is None else f"{peak / 2**20:.1f}",
@@ -74,10 +74,10 @@ def show(report: Report) -> None:
         sizes = "" if work is None else ", ".join(f"{name} {n}" for name, n in work.sizes.items())
         title = f"{key[0]} {key[1]}: {sizes}, {key[3]}, {key[2]}"
         console.table(title, columns, [_cells(r, rows) for r in rows], right=columns[2:])
-    print(
-        "\ntime ratio: to the first row of the op, or of the layers. GB/s: the least that the pass must move / median."
-    )
-    names = {r["impl"] for r in report.rows}
+    if report.rows:
+        ratio = "time ratio: to the first row of the op, or of the layers"
+        print(f"\n{ratio}. GB/s: the least that the pass must move / median.")
+    names = {r["impl"] for r in (*report.rows, *report.sweeps)}
     for prefix, text in peers.NOTES.items():
         if any(name == prefix or (prefix[-1] in ":/" and name.startswith(prefix)) for name in names):
             print(f"{prefix.rstrip(':/')}: {text}" if prefix[-1] != "/" else f"{prefix}N: {text}")
@@ -97,12 +97,15 @@ def slug(name: str) -> str:
 
 
 def write_json(report: Report, path: Path) -> Path:
-    """Writes the results; into a folder as <device>.json."""
+    """Writes the results; into a folder as <device>.json. Rows of sweeps are apart, as no table has them."""
     if path.is_dir():
-        device = report.rows[0]["device"] if report.rows else "cpu"
+        device = next((row["device"] for row in (*report.rows, *report.sweeps)), "cpu")
         path = path / f"{slug(device_name(report.environment, device))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": report.environment, "rows": report.rows}, indent=1) + "\n")
+    result = {"environment": report.environment, "rows": report.rows}
+    if report.sweeps:
+        result["sweeps"] = report.sweeps
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
@@ -128,7 +131,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
             bars = [r for r in timed if r["pass"] == name]
             # Time grows by factors from row to row: a logarithmic axis keeps the short bars visible.
             drawn = axis.barh([r["impl"] for r in bars], [r["median_ms"] for r in bars])
-            axis.bar_label(drawn, [_ms(r["median_ms"] or 0.0) for r in bars], padding=3)
+            axis.bar_label(drawn, [milliseconds(r["median_ms"] or 0.0) for r in bars], padding=3)
             axis.set(xscale="log", xlabel="median time (ms)", title=name)
             axis.margins(x=0.15)
             axis.invert_yaxis()
@@ -195,7 +198,7 @@ def _pivot(rows: Sequence[Row]) -> str:
                 cells.append("" if row is None else "wrong")
                 continue
             ratio = _ratio(row, line)
-            cells.append(_ms(row["median_ms"]) + (f" ({ratio})" if column != columns[0] and ratio else ""))
+            cells.append(milliseconds(row["median_ms"]) + (f" ({ratio})" if column != columns[0] and ratio else ""))
         lines.append(f"| {key[0]} {key[1]}, {key[2]} | {key[3]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

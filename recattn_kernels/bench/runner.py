@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import torch
@@ -23,6 +26,9 @@ PASSES = ("fwd", "fwd+bwd")
 # Above this a call is not run once more under the profiler: seconds of a sequence that torch walks step by step.
 PROFILED_MS = 1000.0
 
+# What peers.build gives: rows to be, and those that cannot run, with the reason.
+Build = Callable[[Case], tuple[list[Impl], dict[str, str]]]
+
 # The gradients of the outputs; what the definition gives with them in the dtype, and exactly.
 References = tuple[list[Tensor | None], Result, Result]
 
@@ -41,7 +47,8 @@ Row = TypedDict(
         "bytes": int,  # the least to move: every input read once, every output written once
         "flops": int,
         "peak_bytes": int | None,  # what the call holds at most, its outputs included; None: not measured
-        "checked": bool | None,  # None: there is nothing to check it against
+        # None: there is nothing to check it against. A name: not checked here, but at that smaller workload.
+        "checked": bool | str | None,
     },
 )
 
@@ -50,6 +57,7 @@ Row = TypedDict(
 class Report:
     environment: dict[str, Any] = field(default_factory=environment)
     rows: list[Row] = field(default_factory=list)
+    sweeps: list[Row] = field(default_factory=list)  # apart from rows: no table has them
     notes: list[str] = field(default_factory=list)  # what was left out, and why
     failures: list[str] = field(default_factory=list)  # what was wrong
 
@@ -84,33 +92,41 @@ def run(
     """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same."""
     chosen = select(op, workload, device, quick)
     report = Report()
+    build = functools.partial(peers.build, backend=backend)
     with Progress(total=len(chosen)) as progress:
         for spec, work in chosen:
-            # What was compiled for one workload is of no use to the next, and would count as its recompilation.
-            torch.compiler.reset()
             if device == "cpu":
                 timing.keep_freed_memory(reserve=2 * spec.cost(work, dtype, True)[0])
-            _run_workload(report, progress, spec, work, device, backend, dtype, quick)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            run_workload(report, progress, spec, work, device, dtype, quick, build)
     return report
 
 
-def _run_workload(
+def run_workload(
     report: Report,
     progress: Progress,
     spec: OpSpec,
     work: Workload,
     device: str,
-    backend: str | None,
     dtype: torch.dtype,
     quick: bool,
-) -> None:
+    build: Build,
+    effort: timing.Effort | None = None,
+    checked_at: Mapping[str, str] = MappingProxyType({}),
+    profiled_ms: float = PROFILED_MS,
+) -> dict[str, float]:
+    """Checks and times what `build` gives, and adds to the report. Returns the seconds that checking each took.
+
+    checked_at: {row: the smaller workload at which it was checked} for rows that are not to be checked again.
+    """
+    # What was compiled for one workload is of no use to the next, and would count as its recompilation.
+    torch.compiler.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     title = f"{spec.name} {work.name}"
     copies = []  # several on a GPU: see timing.rotation
     for seed in range(timing.rotation(device, spec.cost(work, dtype, False)[0])):
         args, kwargs = spec.inputs(work, dtype, device, torch.Generator().manual_seed(seed))
-        impls, refused = peers.build(Case(spec, work, dtype, device, args, kwargs, compile=not quick), backend)
+        impls, refused = build(Case(spec, work, dtype, device, args, kwargs, compile=not quick))
         copies.append(impls)
     for name, reason in refused.items():
         report.note(f"{spec.name}: {name} is left out: {reason}")
@@ -121,8 +137,12 @@ def _run_workload(
 
     wrong, out = set[str](), set[str]()
     references: dict[int, References] = {}
+    seconds: dict[str, float] = {}
     for impl in copies[0]:
+        if impl.name in checked_at:
+            continue
         progress.step(f"{title}: checking {impl.name}")
+        start = time.perf_counter()
         try:
             complaint = check(impl, dtype, references)
         except torch.OutOfMemoryError:  # float64 and the reference's graph take many times what a kernel does
@@ -136,15 +156,18 @@ def _run_workload(
         if complaint is not None:
             report.failures.append(f"{title}: {impl.name} is wrong: {complaint}")
             wrong.add(impl.name)
+        seconds[impl.name] = time.perf_counter() - start
     references.clear()
     progress.advance(0.2)
 
+    effort = effort or (timing.QUICK if quick else timing.Effort())
     grads: dict[tuple[int, torch.Size], Tensor] = {}
     for pass_ in PASSES:
         indexes = [i for i, impl in enumerate(copies[0]) if impl.name not in wrong | out]
         calls = [[caller(pass_, impls[i], n, grads) for n, impls in enumerate(copies)] for i in indexes]
         progress.step(f"{title}: timing {pass_}")
-        timings = dict(zip(indexes, _measure(calls, device, quick, progress), strict=True))
+        measured = timing.measure(calls, timing.stopwatch(device), effort, tick=progress.advance)
+        timings = dict(zip(indexes, measured, strict=True))
         progress.advance(0.4)
         progress.step(f"{title}: memory of {pass_}")
         for i, impl in enumerate(copies[0]):
@@ -153,17 +176,12 @@ def _run_workload(
                 failed(impl, timed)
                 out.add(impl.name)
             elif timed is not None:
-                peak = peak_bytes(calls[indexes.index(i)][0], device) if timed.median_ms <= PROFILED_MS else None
-                report.rows.append(_row(spec, work, device, dtype, pass_, impl, timed, peak))
+                peak = peak_bytes(calls[indexes.index(i)][0], device) if timed.median_ms <= profiled_ms else None
+                checked = checked_at.get(impl.name, True)
+                report.rows.append(_row(spec, work, device, dtype, pass_, impl, timed, peak, checked))
             elif impl.name in wrong:
-                report.rows.append(_row(spec, work, device, dtype, pass_, impl, None, None))
-
-
-def _measure(
-    calls: list[list[timing.Call]], device: str, quick: bool, progress: Progress
-) -> list[timing.Timing | Exception]:
-    effort = timing.QUICK if quick else timing.Effort()
-    return timing.measure(calls, timing.stopwatch(device), effort, tick=progress.advance)
+                report.rows.append(_row(spec, work, device, dtype, pass_, impl, None, None, False))
+    return seconds
 
 
 def caller(pass_: str, impl: Impl, copy: int, grads: dict[tuple[int, torch.Size], Tensor]) -> Callable[[], object]:
@@ -228,6 +246,7 @@ def _row(
     impl: Impl,
     timed: timing.Timing | None,
     peak: int | None,
+    checked: bool | str,
 ) -> Row:
     backward = pass_ == "fwd+bwd"
     bytes_, flops = impl.cost(backward) if impl.cost is not None else spec.cost(work, dtype, backward)
@@ -244,5 +263,5 @@ def _row(
         "bytes": bytes_,
         "flops": flops,
         "peak_bytes": peak,
-        "checked": None if impl.definition is None else timed is not None,
+        "checked": None if impl.definition is None else checked,
     }
