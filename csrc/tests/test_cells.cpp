@@ -159,13 +159,33 @@ void check_conversions(Format format) {
   for_floats([&](float v) { check_rounding<S>(format, v); });
 }
 
+// Rows at once are converted as single numbers are, wherever in a row a number lies.
+template <class S>
+void check_rows(Format format) {
+  for (const int64_t n : {0, 1, 7, 8, 15, 31, 33, 65529}) {
+    std::vector<S> from(n), back(n);
+    std::vector<float> wide(n);
+    for (int64_t i = 0; i < n; ++i) from[i].bits = uint16_t(i * 31);
+    widen(wide.data(), from.data(), n);
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(same(wide[i], load(from[i])), "pattern %04x is widened to %a", from[i].bits, double(wide[i]));
+    }
+    for (int64_t i = 0; i < n; ++i) wide[i] = bits_to_float(uint32_t(i) * 0x10ffffu);  // steps of all exponents
+    narrow(back.data(), wide.data(), n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double got = decode(back[i].bits, format), one = decode(stored<S>(wide[i]), format);
+      CHECK(same(got, one), "%a in a row is stored as %a, not %a", double(wide[i]), got, one);
+    }
+  }
+}
+
 // h as rounding alone would store it, but never on a bound of the activation that h itself is not on: there it is the
 // neighbour of the bound. Below least, rounding to the type's own subnormals would do too.
 template <Activation A, class S>
 void check_state(Format format, double low, double high, float least, float h) {
   if (!(h >= float(low) && h <= float(high)) && h == h) return;  // not a value of this activation
   S to;
-  store_state<A>(&to, h);
+  store(&to, keep_inside<A, S>(h));
   const double got = decode(to.bits, format);
   if (h != h) {
     CHECK(got != got, "activation %d: NaN is stored as %a", int(A), got);
@@ -224,6 +244,8 @@ int test_cells() {
   check_clamp<double>();
   check_conversions<BFloat16>(BFLOAT16);
   check_conversions<Float16>(FLOAT16);
+  check_rows<BFloat16>(BFLOAT16);
+  check_rows<Float16>(FLOAT16);
   check_states<BFloat16>(BFLOAT16);
   check_states<Float16>(FLOAT16);
   return failures;
