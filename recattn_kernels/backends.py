@@ -150,9 +150,10 @@ def dispatches(*inputs: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(
-        x is not None and (x.is_meta or torch._C._dispatch_keys(x) != _plain_keys(x.device.type)) for x in inputs
-    )
+    for x in inputs:  # not any(...): a generator is a call more for every tensor
+        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) != _plain_keys(x.device.type)):
+            return True
+    return False
 
 
 # Op

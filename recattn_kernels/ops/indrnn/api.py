@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,12 +64,8 @@ class _Indrnn(torch.autograd.Function):
     """Saves output and the parameters, not x: the backward reads nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        if backends.dispatches(*args[:6]):
-            with torch._C._AutoDispatchBelowAutograd():
-                output, h_n = torch.ops.recattn_kernels.indrnn.default(*args)
-        else:
-            output, h_n = contract.forward(*args)
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
+        output, h_n = run(*args)
         _, *tensors = args[:6]
         ctx.save_for_backward(output, *tensors)
         ctx.options = args[6:]
@@ -91,19 +88,28 @@ class _Indrnn(torch.autograd.Function):
             grads = torch.ops.recattn_kernels.indrnn_backward.default(grad_output, grad_h_n, *args)
         else:
             grads = contract.backward(grad_output, grad_h_n, *args)
-        wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4], strict=True))
-        return (*wanted, *(None for _ in args[4:]))
+        needs = ctx.needs_input_grad[1:5]
+        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (None, *wanted, *[None for _ in args[4:]])
 
 
-def _needs_grad(*args: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args[:4])
+# Function.apply in Python serves functorch, under whose transforms no call comes here; the rest of it is in C.
+_differentiable: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Indrnn).apply
+
+
+def _needs_grad(x: Tensor, *parameters: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or True in [p.requires_grad for p in parameters if p is not None]
+
+
+def _below_autograd(*args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.recattn_kernels.indrnn.default(*args)
 
 
 def _autograd(*args: Any) -> Any:
-    if _needs_grad(*args):
-        return _Indrnn.apply(*args)  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.recattn_kernels.indrnn.default(*args)
+    return _differentiable(_below_autograd, *args) if _needs_grad(*args[:4]) else _below_autograd(*args)
 
 
 # At the op's Autograd key rather than around the op: torch.compile and torch.export then see one op with a derivative.
@@ -186,8 +192,8 @@ def indrnn(
         return reference.indrnn(x, weight_hh, h0, **call.definition())
     if backends.dispatches(*call[:6]):
         output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
-    elif _needs_grad(*call):
-        output, h_n = _Indrnn.apply(*call, backend)  # type: ignore[no-untyped-call]
+    elif _needs_grad(*call[:4]):
+        output, h_n = _differentiable(contract.forward, *call, backend)
     else:
         output, h_n = contract.forward(*call, backend)
     return output, h_n

@@ -29,8 +29,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         _cuda().indrnn_forward(
             call.sizes, DTYPES.index(x.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
             typed(weight_hh), typed(h0), strided(call.reset, call.time), 0 if lengths is None else lengths.data_ptr(),
-            call.reverse, scan.pays(call, multiprocessors(x), forward=True), stream(), typed(bias), strided(x, call.time),
-            strided(output, call.time), typed(h_n),
+            call.reverse, scan.pays(call, multiprocessors(x), forward=True), stream(), typed(bias),
+            strided(x, call.time), strided(output, call.time), typed(h_n),
         )  # fmt: skip
     return output, h_n
 
