@@ -120,18 +120,14 @@ def bench(options: argparse.Namespace) -> int:
     if options.plot is not None:
         import matplotlib  # noqa: F401  (to fail before minutes of work, not after)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    how: dict[str, Any] = {
-        "device": device,
-        "backend": options.backend,
-        "dtype": getattr(torch, options.dtype),
-        "quick": options.quick,
-    }
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    how: dict[str, Any] = {"device": device, "backend": options.backend, "quick": options.quick}
     sweeps = sweep.select(options.op, options.workload, device) if options.plot is not None else []
     if options.workload is not None and sweeps:  # it names a sweep
         result = runner.Report()
     else:
-        result = runner.run(op=options.op, workload=options.workload, **how)
-    lines = sweep.run(result, sweeps, **how)
+        result = runner.run(op=options.op, workload=options.workload, dtypes=dtypes, **how)
+    lines = [line for dtype in dtypes for line in sweep.run(result, sweeps, dtype=dtype, **how)]
     report.show(result)
     sweep.show(lines)
     if options.json is not None:
@@ -167,7 +163,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", choices=("cpu", "cuda"), help="default: what the machine has")
         sub.add_argument("--quick", action="store_true", help="less of everything")
     sub.add_argument("--workload", metavar="NAME", help="only this workload or, with --plot, this sweep")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    sub.add_argument(
+        "--dtype", nargs="+", choices=dtypes, default=["float32"], help="one or several, one after the other"
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there; in a folder: <device>.json")
     plot = "write a bar chart of each workload there; runs the sweeps too, in minutes, and draws time against size"
     sub.add_argument("--plot", type=Path, metavar="DIR", help=plot)

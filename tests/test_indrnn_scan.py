@@ -1,4 +1,4 @@
-"""The scan over time where the samples of the registry do not reach: long sequences, steep weights, and who takes it."""
+"""The scan over time where the registry's samples do not reach: long sequences, steep weights, and who takes it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -86,15 +86,15 @@ def run(
     workload: str | None = None,
     device: str = "cpu",
     backend: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
     quick: bool = False,
 ) -> Report:
     """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same."""
-    chosen = select(op, workload, device, quick)
+    chosen = [(*pair, dtype) for dtype in dtypes for pair in select(op, workload, device, quick)]
     report = Report()
     build = functools.partial(peers.build, backend=backend)
     with Progress(total=len(chosen)) as progress:
-        for spec, work in chosen:
+        for spec, work, dtype in chosen:
             if device == "cpu":
                 timing.keep_freed_memory(reserve=2 * spec.cost(work, dtype, True)[0])
             run_workload(report, progress, spec, work, device, dtype, quick, build)
