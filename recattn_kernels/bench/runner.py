@@ -92,11 +92,13 @@ def run(
     """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same."""
     chosen = [(*pair, dtype) for dtype in dtypes for pair in select(op, workload, device, quick)]
     report = Report()
-    build = functools.partial(peers.build, backend=backend)
     with Progress(total=len(chosen)) as progress:
         for spec, work, dtype in chosen:
             if device == "cpu":
                 timing.keep_freed_memory(reserve=2 * spec.cost(work, dtype, True)[0])
+            # On a GPU each variant has a row too, which shows whether auto's rule chooses well.
+            variants = ({}, *(v for v in spec.variants if v)) if device == "cuda" else ({},)
+            build = functools.partial(peers.build, backend=backend, variants=variants)
             run_workload(report, progress, spec, work, device, dtype, quick, build)
     return report
 
