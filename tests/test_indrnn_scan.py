@@ -118,6 +118,17 @@ def test_cpp_refuses_and_the_reference_takes_it() -> None:
     torch.testing.assert_close(output, indrnn(x, u, algorithm="sequential", backend="reference")[0])
 
 
+def test_a_negative_slope_is_walked() -> None:
+    """The sign that the scan's derivative reads off the output is not there."""
+    x, u = torch.randn(9, 2, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
+    options = {"activation": "leaky_relu", "negative_slope": -0.5}
+    grads = []
+    for algorithm in ("scan", "sequential"):
+        output, _ = indrnn(x, u, **options, algorithm=algorithm)
+        grads.append(torch.autograd.grad(output.square().sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
 def test_under_vmap_the_definition_runs() -> None:
     x, u = torch.randn(3, 9, 2, 5), torch.rand(5)
     batched = torch.vmap(lambda one: indrnn(one, u, algorithm="scan")[0])(x)

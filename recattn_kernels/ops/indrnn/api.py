@@ -103,6 +103,11 @@ def _needs_grad(x: Tensor, *parameters: Tensor | None) -> bool:
     return x.requires_grad or True in [p.requires_grad for p in parameters if p is not None]
 
 
+def _scans(call: Call) -> bool:
+    """Whether the reference takes the scan: not where its derivative would not do."""
+    return call.algorithm == "scan" and not backends.under_transform() and contract.refusal(call) is None
+
+
 def _below_autograd(*args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.recattn_kernels.indrnn.default(*args)
@@ -188,7 +193,7 @@ def indrnn(
         algorithm=algorithm,
     )
     backend = backends.choose("indrnn", backend, BACKENDS, call)
-    if backend == "reference" and (algorithm != "scan" or backends.under_transform()):
+    if backend == "reference" and not _scans(call):
         return reference.indrnn(x, weight_hh, h0, **call.definition())
     if backends.dispatches(*call[:6]):
         output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)

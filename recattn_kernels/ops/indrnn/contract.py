@@ -52,7 +52,8 @@ class Call(NamedTuple):
         return kwargs
 
 
-def _refusal(call: Call) -> str | None:
+def refusal(call: Call) -> str | None:
+    """Why no backend that reads the derivative off the output can run the call."""
     if call.activation == "leaky_relu" and call.negative_slope < 0:
         return "a negative negative_slope hides the sign that the backward reads off the output"
     return None
@@ -61,11 +62,11 @@ def _refusal(call: Call) -> str | None:
 def _cpp_refusal(call: Call) -> str | None:
     if call.algorithm == "scan":
         return "it has no scan: a CPU has too few lanes to gain by computing everything twice"
-    return _refusal(call)
+    return refusal(call)
 
 
 def _gpu_refusal(call: Call) -> str | None:
-    return "it has no float64 kernel" if call.x.dtype == torch.float64 else _refusal(call)
+    return "it has no float64 kernel" if call.x.dtype == torch.float64 else refusal(call)
 
 
 # A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order of those two waits for a measurement on a GPU.
