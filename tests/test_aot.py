@@ -69,6 +69,8 @@ def test_triton_compiles_within_its_budget(target: str, variant: Any, tmp_path: 
     backend, architecture, lanes, share = TARGETS[target]
     compiled = variant.launch.compile(GPUTarget(backend, architecture, lanes))
     registers, spilled = resources(target, compiled, tmp_path)
+    # A gather that Triton has given a layout of its own drags what it reads, and all that follows, through memory.
+    assert "efficient_layout" not in compiled.asm["ttgir"]
     assert spilled == 0
     assert registers <= variant.launch.registers * share
     assert compiled.metadata.shared <= variant.shared
@@ -101,6 +103,7 @@ def test_cuda_compiles_without_spills(source: Path, tmp_path: Path, request: pyt
     command = ["nvcc", *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes spill stores", result.stderr)
-    assert len(spills) > 0
-    assert not any(map(int, spills)), result.stderr
+    # The stack frame also has what no register can be indexed for.
+    used = re.findall(r"(\d+) bytes (?:stack frame|spill stores)", result.stderr)
+    assert len(used) > 0
+    assert not any(map(int, used)), result.stderr

@@ -108,6 +108,12 @@ def test_when_a_gpu_scans(options: dict[str, Any], forward: bool, backward: bool
     assert scan.pays(call(**options), 132, forward=False) is backward
 
 
+def test_a_clip_that_clips_nothing_is_none() -> None:
+    assert call(grad_clip=float("inf")).grad_clip is None
+    assert call(grad_clip=1e39).grad_clip is None
+    assert call(grad_clip=1e38).grad_clip == 1e38
+
+
 def test_cpp_refuses_and_the_reference_takes_it() -> None:
     x, u = torch.randn(9, 2, 5, requires_grad=True), torch.rand(5)
     reasons = explain("indrnn", x, u, algorithm="scan")

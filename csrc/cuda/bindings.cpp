@@ -53,7 +53,7 @@ PYBIND11_MODULE(_cuda, m) {
     p.output = sequence(output);
     p.h_n = plain(h_n);
     indrnn_forward(p, static_cast<cudaStream_t>(pointer(stream)));
-  });
+  }, py::call_guard<py::gil_scoped_release>());
 
   m.def("indrnn_backward", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, int activation, double slope,
                               Typed weight_hh, Typed h0, Strided reset, uintptr_t lengths, bool reverse, bool scan,
@@ -71,5 +71,5 @@ PYBIND11_MODULE(_cuda, m) {
     p.grad_weight_hh = plain(grad_weight_hh);
     p.grad_bias = plain(grad_bias);
     indrnn_backward(p, static_cast<cudaStream_t>(pointer(stream)));
-  });
+  }, py::call_guard<py::gil_scoped_release>());
 }

@@ -79,6 +79,7 @@ __device__ inline void wait_chunk(int depth) {
   } else {
     __pipeline_wait_prior(SHALLOW - 1);
   }
+  asm volatile("" ::: "memory");  // the wait itself does not keep the compiler from reading the ring before it
 }
 
 // A pointer that walks over a sequence at one column, in the order in which steps are taken.

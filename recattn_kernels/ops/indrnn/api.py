@@ -41,6 +41,8 @@ def normalise(
     checks.tensor(op, "x", x)
     checks.rank(op, "x", x, "(B, T, H)" if batch_first else "(T, B, H)")
     checks.dtype(op, "x", x, checks.FLOATING)
+    if grad_clip is not None and grad_clip > torch.finfo(reference.compute_dtype(x.dtype)).max:
+        grad_clip = None  # it clips nothing, and without it the kernels are faster
     T, B, H = x.shape[1 if batch_first else 0], x.shape[0 if batch_first else 1], x.shape[2]
     checks.parameter(op, "weight_hh", weight_hh, "(H,)", (H,), x)
     if h0 is not None:
@@ -54,6 +56,8 @@ def normalise(
         checks.device(op, "reset", reset, "x", x)
     if lengths is not None:
         lengths = checks.lengths(op, lengths, B, T, x)
+        if x.device.type == "cuda":
+            lengths = lengths.to(x.device, non_blocking=True)  # once for both directions
     return Call(
         x, weight_hh, h0, bias, reset, lengths,
         activation, float(negative_slope), reverse, batch_first, grad_clip, algorithm,
@@ -159,8 +163,8 @@ def indrnn(
             that from the later steps have been added.
         algorithm: "sequential" walks over time. "scan" takes chunks of time in parallel, to the same results within
             rounding: in the forward of relu, relu6, hardtanh and identity, and in the backward of every activation;
-            the forward of the others is walked, and so is a column that meets NaN, infinity or an overflow. It is
-            for long sequences of few columns on a GPU; cpp refuses it. "auto" leaves the choice to the backend.
+            the forward of the others is walked, and so are chunks that NaN, infinity or an overflow reaches. It is for
+            long sequences of few columns on a GPU; cpp refuses it. "auto" leaves the choice to the backend.
         backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns:

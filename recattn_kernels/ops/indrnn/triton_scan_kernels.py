@@ -63,12 +63,12 @@ def compose(a1, e1, c1, low1, high1, a2, e2, c2, low2, high2):
 @triton.jit
 def shift(ends, first, COLUMNS: tl.constexpr):
     """What each chunk starts from: where the one before it ends; chunk 0 from `first`. And where the last one ends."""
-    CHUNKS: tl.constexpr = ends.shape[0] // COLUMNS
-    table = tl.reshape(ends, (CHUNKS, COLUMNS))
-    k = tl.arange(0, CHUNKS)[:, None] + tl.zeros((CHUNKS, COLUMNS), tl.int32)
-    before = tl.reshape(tl.gather(table, tl.maximum(k - 1, 0), 0), ends.shape)
-    last = tl.reshape(tl.gather(table, k * 0 + (CHUNKS - 1), 0), ends.shape)
-    return tl.where(tl.arange(0, ends.shape[0]) < COLUMNS, first, before), last
+    # Gathers of one dimension: one of two makes Triton bring the chunks of a column, and all else, into one warp.
+    LANES: tl.constexpr = ends.shape[0]
+    lane = tl.arange(0, LANES)
+    before = tl.gather(ends, tl.maximum(lane - COLUMNS, 0), 0)
+    last = tl.gather(ends, lane % COLUMNS + (LANES - COLUMNS), 0)
+    return tl.where(lane < COLUMNS, first, before), last
 
 
 @triton.jit
