@@ -104,8 +104,8 @@ def call(T: int = 2000, B: int = 8, H: int = 128, **options: Any) -> Any:
     ],
 )
 def test_when_a_gpu_scans(options: dict[str, Any], forward: bool, backward: bool) -> None:
-    assert scan.pays(call(**options), 132, forward=True) is forward
-    assert scan.pays(call(**options), 132, forward=False) is backward
+    assert scan.applies(call(**options), 132, forward=True) is forward
+    assert scan.applies(call(**options), 132, forward=False) is backward
 
 
 def test_a_clip_that_clips_nothing_is_none() -> None:

@@ -29,7 +29,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         _cuda().indrnn_forward(
             call.sizes, DTYPES.index(x.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
             typed(weight_hh), typed(h0), strided(call.reset, call.time), 0 if lengths is None else lengths.data_ptr(),
-            call.reverse, scan.pays(call, multiprocessors(x), forward=True), stream(), typed(bias),
+            call.reverse, scan.applies(call, multiprocessors(x), forward=True), stream(), typed(bias),
             strided(x, call.time), strided(output, call.time), typed(h_n),
         )  # fmt: skip
     return output, h_n
@@ -46,7 +46,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
         _cuda().indrnn_backward(
             call.sizes, DTYPES.index(output.dtype), ACTIVATIONS.index(call.activation), call.negative_slope,
             typed(weight_hh), typed(h0), strided(call.reset, call.time), 0 if lengths is None else lengths.data_ptr(),
-            call.reverse, scan.pays(call, multiprocessors(output), forward=False), stream(),
+            call.reverse, scan.applies(call, multiprocessors(output), forward=False), stream(),
             math.inf if call.grad_clip is None else call.grad_clip, strided(dy, call.time),
             strided(output, call.time), typed(dh_n), strided(dx, call.time), typed(dh0), columns.data_ptr(), typed(du),
             typed(db),

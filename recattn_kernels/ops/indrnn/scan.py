@@ -41,12 +41,12 @@ def chunk_steps(T: int) -> int:
     return L
 
 
-def pays(call: Call, multiprocessors: int, forward: bool) -> bool:
+def applies(call: Call, multiprocessors: int, forward: bool) -> bool:
     """Whether a GPU's backends take the scan: always where it was asked for, under "auto" by this rule.
 
-    A walk has a lane a column, so that few columns leave most of a GPU idle; from about 128 columns a multiprocessor on
-    it should keep the memory busy. Under a thousand steps the walk takes some ten microseconds. Both are estimates:
-    neither has been measured on a GPU.
+    A walk has a lane a column, so that few columns leave most of a GPU idle: from about 128 columns a multiprocessor on
+    it should keep the memory busy. Under a thousand steps it takes some ten microseconds. Both are estimates: neither
+    has been measured on a GPU.
     """
     T, B, H = call.sizes
     if forward and call.activation not in PIECEWISE:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_backward, empty_forward
-from recattn_kernels.ops.indrnn.scan import PIECEWISE, pays
+from recattn_kernels.ops.indrnn.scan import PIECEWISE, applies
 from recattn_kernels.ops.indrnn.triton_kernels import backward_kernel, forward_kernel, sum_rows_kernel
 from recattn_kernels.ops.indrnn.triton_scan_kernels import backward_scan_kernel, forward_scan_kernel
 from recattn_kernels.strides import contiguous, contiguous_rows
@@ -86,7 +86,7 @@ def scan_launch(kernel: Any, table: dict[str, Config], call: Call, on: Machine, 
 def forward_launch(call: Call, output: Tensor, h_n: Tensor, on: Machine) -> Launch:
     own = {"bias_ptr": contiguous(call.bias), "h_n_ptr": h_n}
     own |= strided("x", contiguous_rows(call.x), call.time) | strided("output", output, call.time)
-    if pays(call, on.multiprocessors, forward=True):
+    if applies(call, on.multiprocessors, forward=True):
         return scan_launch(forward_scan_kernel, FORWARD_SCAN, call, on, own)
     return walk_launch(forward_kernel, FORWARD, call, on, own)
 
@@ -108,7 +108,7 @@ def backward_launches(
         "grad_bias_ptr": None if call.bias is None else grad_bias, "B": B, "H": H, "ROWS": 64, "BLOCK": 32,
     }  # fmt: skip
     sum_rows = Launch(sum_rows_kernel, (triton.cdiv(H, 32),), sums, num_warps=4, registers=64)
-    if pays(call, on.multiprocessors, forward=False):
+    if applies(call, on.multiprocessors, forward=False):
         return scan_launch(backward_scan_kernel, BACKWARD_SCAN, call, on, own), sum_rows
     return walk_launch(backward_kernel, BACKWARD, call, on, own), sum_rows
 
