@@ -246,7 +246,7 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
 def report(results: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title)
     for column in ("model", "parameters", "steps", "train loss", "accuracy", "ms/step", "minutes"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
     for result in results:
         finite = math.isfinite(result["test_accuracy"])
         table.add_row(
