@@ -89,7 +89,7 @@ RECATTN_FN double tanh_(double x) { return ::tanh(x); }
 // h = act(v). Comparisons are written so that NaN passes through every one of them, as in torch.
 template <Activation A, class R>
 RECATTN_FN R activate(R v, R slope) {
-  if constexpr (A == Activation::relu) return v <= R(0) ? R(0) : v;
+  if constexpr (A == Activation::relu) return v < R(0) ? R(0) : v;  // one instruction: NaN passes through that maximum
   if constexpr (A == Activation::tanh) return tanh_(v);
   if constexpr (A == Activation::sigmoid) return sigmoid(v);
   if constexpr (A == Activation::leaky_relu) return v > R(0) ? v : v * slope;

@@ -130,13 +130,15 @@ def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]
     chunk = compiled(definition)
 
     def run(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        # Like the states that follow it, the first requires grad: one compilation then serves every chunk.
-        h = x.new_zeros(x.shape[1:]).requires_grad_(torch.is_grad_enabled())
+        # Like the states that follow it, the first requires grad: one compilation then serves every chunk. In the type
+        # that states are computed in: a 16-bit one would be rounded after every chunk.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        h = x.new_zeros(x.shape[1:], dtype=dtype).requires_grad_(torch.is_grad_enabled())
         outputs = []
         for part in x.split(steps):
             output, h = chunk(part, u, h)
             outputs.append(output)
-        return torch.cat(outputs), h
+        return torch.cat(outputs), h.to(x.dtype)
 
     return run
 
