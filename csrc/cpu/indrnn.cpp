@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t TILE = 2048;  // columns
 constexpr int64_t CHUNK = 128;  // elements of a row worked on at a time, so that fetching, arithmetic and storing overlap
 
-// A sum over time is one over so many steps at a time, summed: the error grows with their number, not with T.
+// A sum over time is one of sums over so many steps: its error does not grow with T.
 constexpr int64_t SUM_STEPS = 64;
 
 // A result of at least this many bytes goes past the caches to memory: to store it in them, they would first read what
@@ -181,13 +181,20 @@ void forward_tile(const IndrnnForward& p, Tile tile) {
   if (stream) end_streaming();
 }
 
-// Adds the sums over some steps to those over all of them, and starts anew.
+// Adds the sums over some steps to those over all of them, keeps what rounding loses of that, and starts anew.
 template <class R>
-void fold(R* __restrict total, R* __restrict part, int64_t n) {
+void fold(R* __restrict total, R* __restrict lost, R* __restrict part, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    total[i] += part[i];
+    const R after = total[i] + part[i], came = after - total[i];
+    lost[i] += (total[i] - (after - came)) + (part[i] - came);
+    total[i] = after;
     part[i] = R(0);
   }
+}
+
+template <class R>
+void add_lost(R* __restrict total, const R* __restrict lost, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] = total[i] - total[i] == R(0) ? total[i] + lost[i] : total[i];  // if finite
 }
 
 // One step of one row, with prev = h[t-1] and flow = dL/dh[t] from later steps:
@@ -218,7 +225,7 @@ void backward_tile(const IndrnnBackward& p, Tile tile) {
   };
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     copy_or_zero(columns(p.grad_h0, b), p.grad_h_n, b * p.H + tile.h0, tile.width);
-    for (int which = 0; which < 4; ++which) memset(sums(which, b), 0, tile.width * sizeof(R));
+    for (int which = 0; which < 6; ++which) memset(sums(which, b), 0, tile.width * sizeof(R));
   }
   const int64_t back = p.reverse ? 1 : -1;  // where the step taken before lies
   const bool stream = streams<S>(p, p.grad_x);
@@ -268,10 +275,14 @@ void backward_tile(const IndrnnBackward& p, Tile tile) {
     }
     if (step % SUM_STEPS == SUM_STEPS - 1 || step == p.T - 1) {
       for (int64_t b = tile.b0; b < tile.b1; ++b) {
-        fold(sums(0, b), sums(2, b), tile.width);
-        fold(sums(1, b), sums(3, b), tile.width);
+        fold(sums(0, b), sums(4, b), sums(2, b), tile.width);
+        fold(sums(1, b), sums(5, b), sums(3, b), tile.width);
       }
     }
+  }
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    add_lost(sums(0, b), sums(4, b), tile.width);
+    add_lost(sums(1, b), sums(5, b), tile.width);
   }
   if (stream) end_streaming();
 }

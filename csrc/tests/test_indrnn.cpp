@@ -332,7 +332,7 @@ class Test {
 
   void check_backward(const Isa& isa) {
     Rows<S> dx(c, c.out);
-    Canaries<R> dh0(c.B * c.H), columns(4 * c.B * c.H), du(c.H), db(c.H);
+    Canaries<R> dh0(c.B * c.H), columns(6 * c.B * c.H), du(c.H), db(c.H);
     IndrnnBackward p{};
     fill(p);
     if (c.grad_output) p.grad_output = dy.sequence();

@@ -50,7 +50,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     dy = None if grad_output is None else contiguous_rows(grad_output)
     h0, dh_n, lengths = plain(call.h0, dtype), plain(grad_h_n, dtype), plain(call.lengths, torch.int64)
     dx = output.new_empty(output.shape)
-    columns = output.new_empty((4, B, H), dtype=dtype)  # scratch
+    columns = output.new_empty((6, B, H), dtype=dtype)  # scratch
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
     _cpu().indrnn_backward(
         call.sizes, DTYPES[output.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
