@@ -158,8 +158,8 @@ def _indrnn_layers(case: Case, u: Tensor, T: int, B: int, H: int) -> list[Impl]:
     factory: Mapping[str, Any] = {"device": case.device, "dtype": case.dtype}
     torch.manual_seed(0)
     input = torch.randn(T, B, H, **factory).requires_grad_()
-    # The layer's weights are bounded as the op's are: by the paper's bound, or by that of a sweep, whose states are also
-    # kept from relu's kink.
+    # The layer's weights are bounded as the op's are: by the paper's bound, or by that of a sweep, whose states keep
+    # away from relu's kink too.
     in_sweep = float(u.detach().max()) <= SWEEP_WEIGHT
     ours = IndRNN(H, H, recurrent_max=SWEEP_WEIGHT if in_sweep else 2 ** (1 / T), **factory)
     if in_sweep:
