@@ -296,10 +296,11 @@ void reduce_rows(const IndrnnBackward& p) {
 #pragma omp parallel for num_threads(p.threads) if (p.B * p.H > 65536)
     for (int64_t h0 = 0; h0 < p.H; h0 += 256) {
       const int64_t n = least(256, p.H - h0);
-      memset(to + h0, 0, n * sizeof(R));
+      double sums[256] = {};  // a float would lose digits over a large batch
       for (int64_t b = 0; b < p.B; ++b) {
-        for (int64_t i = 0; i < n; ++i) to[h0 + i] += columns[b * p.H + h0 + i];
+        for (int64_t i = 0; i < n; ++i) sums[i] += double(columns[b * p.H + h0 + i]);
       }
+      for (int64_t i = 0; i < n; ++i) to[h0 + i] = R(sums[i]);
     }
   }
 }
