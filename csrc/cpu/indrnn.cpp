@@ -122,7 +122,7 @@ const R* wide(const S* from, R* buffer, int64_t n) {
 // One step of one row: h = act(x + bias + u * h). S: what out is to be stored as.
 template <Activation A, bool BIAS, class S, class R>
 RECATTN_FN void forward_row(const R* __restrict x, R* __restrict out, R* __restrict h, const R* __restrict u,
-                 const R* __restrict bias, R slope, int64_t n) {
+                            const R* __restrict bias, R slope, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     R v = x[i];
     if constexpr (BIAS) v += bias[i];

@@ -38,7 +38,7 @@ struct IndrnnBackward : Indrnn {
   Sequence grad_output, output, grad_x;
   const void* grad_h_n;  // (B, H) or null
   void* grad_h0;         // (B, H); holds dL/dh[t-1] while the kernel runs
-  void* grad_columns;    // (6, B, H) scratch: dL/dweight_hh and dL/dbias of each row, then two pairs more
+  void* grad_columns;    // (6, B, H) scratch: dL/dweight_hh and dL/dbias of each row, their parts, what rounding lost
   void* grad_weight_hh;  // (H,)
   void* grad_bias;       // (H,)
   double grad_clip;      // infinity: no clipping

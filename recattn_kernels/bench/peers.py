@@ -61,6 +61,7 @@ class Case:
     kwargs: dict[str, Any]
     compile: bool
     unroll: int = 64  # a loop of at most so many steps is compiled whole
+    sweep: bool = False  # a point of a sweep, whose inputs keep every size checkable
 
     def impl(self, name: str, call: Callable[..., Any], **options: Any) -> Impl:
         """A row that calls call(*args, **kwargs) of the op."""
@@ -160,9 +161,8 @@ def _indrnn_layers(case: Case, u: Tensor, T: int, B: int, H: int) -> list[Impl]:
     input = torch.randn(T, B, H, **factory).requires_grad_()
     # The layer's weights are bounded as the op's are: by the paper's bound, or by that of a sweep, whose states keep
     # away from relu's kink too.
-    in_sweep = float(u.detach().max()) <= SWEEP_WEIGHT
-    ours = IndRNN(H, H, recurrent_max=SWEEP_WEIGHT if in_sweep else 2 ** (1 / T), **factory)
-    if in_sweep:
+    ours = IndRNN(H, H, recurrent_max=SWEEP_WEIGHT if case.sweep else 2 ** (1 / T), **factory)
+    if case.sweep:
         nn.init.constant_(ours.get_parameter("bias_l0"), 5.0)
     # Time-major, cuDNN's own layout; batch_first takes as long on a CPU.
     layers: Sequence[tuple[str, nn.Module, Cost]] = (

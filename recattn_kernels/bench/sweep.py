@@ -121,7 +121,8 @@ class _Run:
         built: dict[str, Impl] = {}
 
         def build(case: Case) -> tuple[list[Impl], dict[str, str]]:
-            impls, refused = peers.build(dataclasses.replace(case, unroll=UNROLL), self.backend, spec.variants)
+            case = dataclasses.replace(case, unroll=UNROLL, sweep=True)
+            impls, refused = peers.build(case, self.backend, spec.variants)
             chosen = [impl for impl in impls if impl.name not in self.ended]
             if not checking:
                 chosen = [impl for impl in chosen if impl.definition is None or impl.name in self.checked_at]

@@ -23,7 +23,7 @@ def typed(x: Tensor | None) -> tuple[int, int]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight_hh = contiguous_rows(call.x), call.weight_hh.contiguous()
-    h0, bias, lengths = contiguous(call.h0), contiguous(call.bias), device_lengths(call)
+    h0, bias, lengths = contiguous(call.h0), contiguous(call.bias), contiguous(call.lengths)
     output, h_n = empty_forward(call)
     with torch.cuda.device(x.device):
         _cuda().indrnn_forward(
@@ -38,7 +38,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, weight_hh = contiguous_rows(call.x), call.weight_hh.contiguous()
     dy = None if grad_output is None else contiguous_rows(grad_output)
-    h0, dh_n, lengths = contiguous(call.h0), contiguous(grad_h_n), device_lengths(call)
+    h0, dh_n, lengths = contiguous(call.h0), contiguous(grad_h_n), contiguous(call.lengths)
     grads = dx, du, dh0, db = empty_backward(call)
     _, B, H = call.sizes
     columns = output.new_empty((2, B, H), dtype=torch.float32)  # scratch
@@ -52,10 +52,6 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
             typed(db),
         )  # fmt: skip
     return grads
-
-
-def device_lengths(call: Call) -> Tensor | None:
-    return None if call.lengths is None else call.lengths.to(call.x.device).contiguous()
 
 
 def multiprocessors(x: Tensor) -> int:

@@ -55,11 +55,10 @@ def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
 def launch(kernel: Any, call: Call, grid: int, chosen: Config, own: dict[str, Any]) -> Launch:
     """A launch of either direction, with `own` beside the arguments that both take."""
     T, B, H = call.sizes
-    lengths = None if call.lengths is None else call.lengths.to(call.x.device).contiguous()
     args = {
-        "weight_hh_ptr": call.weight_hh.contiguous(), "h0_ptr": contiguous(call.h0), "lengths_ptr": lengths,
-        "T": T, "B": B, "H": H, "negative_slope": call.negative_slope, "ACTIVATION": call.activation,
-        "REVERSE": call.reverse, "STEPS": chosen.steps,
+        "weight_hh_ptr": call.weight_hh.contiguous(), "h0_ptr": contiguous(call.h0),
+        "lengths_ptr": contiguous(call.lengths), "T": T, "B": B, "H": H, "negative_slope": call.negative_slope,
+        "ACTIVATION": call.activation, "REVERSE": call.reverse, "STEPS": chosen.steps,
     }  # fmt: skip
     reset = None if call.reset is None else call.reset.view(torch.uint8)
     args |= strided("reset", reset, call.time) | own
