@@ -2,7 +2,10 @@
 
 from recattn_kernels.backends import BackendUnavailableError, explain, use_backend
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
+from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.indrnn import indrnn
+from recattn_kernels.ops.lstm import lstm
+from recattn_kernels.ops.rnn import rnn
 
 __version__ = "0.1.0"
 
@@ -11,6 +14,9 @@ __all__ = [
     "IndRNN",
     "IndRNNCell",
     "explain",
+    "gru",
     "indrnn",
+    "lstm",
+    "rnn",
     "use_backend",
 ]

@@ -191,7 +191,7 @@ def choose(op: str, name: str | None, table: Table, call: Any) -> str:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run this call: {reason}")
         return name
     if call.x.device.type == "meta":
-        return next(iter(table))  # shapes only, which every backend agrees on
+        return next(iter(table), "reference")  # shapes only, which every backend agrees on
     reasons = []
     for backend in table:
         reason = refusal(backend, table, call)

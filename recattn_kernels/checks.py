@@ -80,6 +80,20 @@ def number(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must not be NaN")
 
 
+def probability(op: str, name: str, value: Any) -> None:
+    number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {value!r}")
+
+
+def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor) -> None:
+    """A bool tensor beside x."""
+    tensor(op, name, value)
+    dtype(op, name, value, (torch.bool,))
+    shape(op, name, value, symbols, expected)
+    device(op, name, value, "x", x)
+
+
 def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
     """Lengths as an int64 tensor (B,). A list or a CPU tensor is checked; a CUDA tensor is not read by the host."""
     if isinstance(value, (list, tuple)):

@@ -116,9 +116,7 @@ class IndRNN(nn.Module):
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "residual": residual}
         for name, flag in flags.items():
             checks.flag("IndRNN", name, flag)
-        checks.number("IndRNN", "dropout", dropout)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"IndRNN: dropout must be a probability in [0, 1], got {dropout}")
+        checks.probability("IndRNN", "dropout", dropout)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 f"IndRNN: dropout={dropout} has no effect with num_layers=1: it is not applied after the last layer",

@@ -11,6 +11,7 @@ from torch import Tensor
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.indrnn import contract, reference
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, BACKENDS, LIBRARY, Call
+from recattn_kernels.ops.sequence import compute_dtype
 
 
 def normalise(
@@ -41,7 +42,7 @@ def normalise(
     checks.tensor(op, "x", x)
     checks.rank(op, "x", x, "(B, T, H)" if batch_first else "(T, B, H)")
     checks.dtype(op, "x", x, checks.FLOATING)
-    if grad_clip is not None and grad_clip > torch.finfo(reference.compute_dtype(x.dtype)).max:
+    if grad_clip is not None and grad_clip > torch.finfo(compute_dtype(x.dtype)).max:
         grad_clip = None  # it clips nothing, and without it the kernels are faster
     T, B, H = x.shape[1 if batch_first else 0], x.shape[0 if batch_first else 1], x.shape[2]
     checks.parameter(op, "weight_hh", weight_hh, "(H,)", (H,), x)
@@ -50,10 +51,7 @@ def normalise(
     if bias is not None:
         checks.parameter(op, "bias", bias, "(H,)", (H,), x)
     if reset is not None:
-        checks.tensor(op, "reset", reset)
-        checks.dtype(op, "reset", reset, (torch.bool,))
-        checks.shape(op, "reset", reset, "(B, T)" if batch_first else "(T, B)", (B, T) if batch_first else (T, B))
-        checks.device(op, "reset", reset, "x", x)
+        checks.mask(op, "reset", reset, "(B, T)" if batch_first else "(T, B)", tuple(x.shape[:2]), x)
     if lengths is not None:
         lengths = checks.lengths(op, lengths, B, T, x)
         if x.device.type == "cuda":

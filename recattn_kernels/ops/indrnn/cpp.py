@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
-from recattn_kernels.ops.indrnn.reference import compute_dtype
+from recattn_kernels.ops.sequence import compute_dtype
 from recattn_kernels.strides import contiguous_rows, strided
 
 # As csrc/cpu/kernels.h's enum Dtype and csrc/cells.h's enum Activation have them.

@@ -8,11 +8,12 @@ Works on any device and floating dtype, to any order of derivative, under vmap a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from recattn_kernels.ops.sequence import compute_dtype, valid_steps, walk
 
 
 def clamp(v: Tensor, low: float, high: float) -> Tensor:
@@ -42,41 +43,6 @@ DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-class ClipGradient(torch.autograd.Function):
-    """Forward: the identity. Backward: the gradient clamped to [-limit, limit]."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(h: Tensor, limit: float) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.limit = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.clamp(-ctx.limit, ctx.limit), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.view_as(tangent)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the state is kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def valid_steps(x: Tensor, lengths: Tensor | None, time: int) -> Tensor | None:
-    """(T, B, 1), True where step t of row b is within the row's length."""
-    if lengths is None:
-        return None
-    t = torch.arange(x.shape[time], device=x.device)
-    return (t[:, None] < lengths.to(x.device)).unsqueeze(-1)
-
-
 def indrnn(
     x: Tensor,
     weight_hh: Tensor,
@@ -91,40 +57,21 @@ def indrnn(
     batch_first: bool = False,
     grad_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    # unbind and stack: indexing x[t] or assigning output[t] in the loop has a backward quadratic in T.
     act = ACTIVATIONS[activation]
-    time = 1 if batch_first else 0
-    T = x.shape[time]
     dtype = compute_dtype(x.dtype)
     u = weight_hh.to(dtype)
     v = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
-    h = v.new_zeros(()).expand(x.shape[1 - time], x.shape[2]) if h0 is None else h0.to(dtype)
+    B, H = x.shape[0 if batch_first else 1], x.shape[2]
+    h = v.new_zeros(()).expand(B, H) if h0 is None else h0.to(dtype)
     h_n_dtype = x.dtype if h0 is None else h0.dtype
-    if T == 0:
+    if x.shape[1 if batch_first else 0] == 0:
         # Nothing to compute, but every input keeps a gradient (of zeros).
         return (v * u).to(x.dtype), h.to(h_n_dtype).clone()
-
-    keep: list[Tensor | None] = [None] * T  # (B, 1) each: True where the step continues from the state before it
-    valid = valid_steps(x, lengths, time)
-    if valid is not None:
-        # Steps past a row's end start from zeros and are dropped: no NaN or infinity there reaches a gradient.
-        v = torch.where(valid.transpose(0, time), v, 0.0)
-        keep = list(valid.unbind(0))
-    if reset is not None:
-        resets = reset.unsqueeze(-1).unbind(time)
-        keep = [~r if k is None else k & ~r for k, r in zip(keep, resets, strict=True)]
-
-    v_steps = v.unbind(time)  # (B, H) each
-    outputs: list[Tensor] = [v_steps[0]] * T
-    for t in range(T - 1, -1, -1) if reverse else range(T):
-        keep_t = keep[t]
-        h_prev = h if keep_t is None else torch.where(keep_t, h, 0.0)
-        h_t = act(v_steps[t] + u * h_prev, negative_slope)
-        if grad_clip is not None:
-            h_t = ClipGradient.apply(h_t, grad_clip)  # type: ignore[no-untyped-call]
-        outputs[t] = h_t if valid is None else torch.where(valid[t], h_t, 0.0)
-        h = h_t if valid is None else torch.where(valid[t], h_t, h)
-    return torch.stack(outputs, time).to(x.dtype), h.to(h_n_dtype)
+    output, (h_n,) = walk(
+        lambda v_t, states: (act(v_t + u * states[0], negative_slope),), v, (h,),
+        reset=reset, lengths=lengths, reverse=reverse, batch_first=batch_first, grad_clip=grad_clip,
+    )  # fmt: skip
+    return output.to(x.dtype), h_n.to(h_n_dtype)
 
 
 def indrnn_backward(

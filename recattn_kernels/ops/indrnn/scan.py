@@ -25,6 +25,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.indrnn import reference
 from recattn_kernels.ops.indrnn.contract import Call
+from recattn_kernels.ops.sequence import compute_dtype, valid_steps
 
 # Whose forward is a clamp of a line. The others' forward is walked.
 PIECEWISE = ("relu", "relu6", "hardtanh", "identity")
@@ -119,7 +120,7 @@ def taken(steps: Tensor, time: int, backwards: bool) -> Tensor:
 
 
 def valid_in_order(call: Call, backwards: bool) -> Tensor:
-    valid = reference.valid_steps(call.x, call.lengths, call.time)
+    valid = valid_steps(call.x, call.lengths, call.time)
     if valid is None:
         valid = torch.ones(call.sizes[0], 1, 1, dtype=torch.bool, device=call.x.device)
     return taken(valid, 0, backwards)
@@ -153,7 +154,7 @@ def stored(h: Tensor, call: Call) -> Tensor:
 
 def walk(call: Call) -> tuple[Tensor, Tensor]:
     """The definition, its output not yet rounded."""
-    x = call.x.to(reference.compute_dtype(call.x.dtype))
+    x = call.x.to(compute_dtype(call.x.dtype))
     return reference.indrnn(x, call.weight_hh, call.h0, **call.definition())
 
 
@@ -163,7 +164,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         output, h_n = walk(call)
         return stored(output, call), h_n.to(call.h_n_dtype)
     T, _, _ = call.sizes
-    L, dtype = chunk_steps(T), reference.compute_dtype(call.x.dtype)
+    L, dtype = chunk_steps(T), compute_dtype(call.x.dtype)
     act, u = reference.ACTIVATIONS[call.activation], call.weight_hh.to(dtype)
     x = call.x.to(dtype) if call.bias is None else call.x.to(dtype) + call.bias.to(dtype)
     v = in_chunks(taken(x, call.time, call.reverse), L)
@@ -201,7 +202,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
         dx, du, *optional = grads
         return dx, du, *(dx.new_empty(0) if grad is None else grad.clone() for grad in optional)  # type: ignore
     T, _, _ = call.sizes
-    L, dtype = chunk_steps(T), reference.compute_dtype(call.x.dtype)
+    L, dtype = chunk_steps(T), compute_dtype(call.x.dtype)
     limit = torch.inf if call.grad_clip is None else call.grad_clip
     u, h0 = call.weight_hh.to(dtype), state(call.h0, call, dtype)
     h = taken(call.x.to(dtype), call.time, call.reverse)

@@ -1,0 +1,102 @@
+"""rnn(): the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from recattn_kernels import checks
+from recattn_kernels.ops.gated import api as gated
+from recattn_kernels.ops.gated.contract import Call
+from recattn_kernels.ops.rnn import reference
+from recattn_kernels.ops.rnn.contract import BACKENDS
+
+NONLINEARITIES = ("tanh", "relu")
+
+
+def normalise(
+    x: Tensor, weight_hh: Tensor, h0: Tensor | None = None, *, nonlinearity: str = "tanh", **options: Any
+) -> Call:
+    """Checks the arguments of rnn(), before any work, and puts them in one form."""
+    checks.choice("rnn", "nonlinearity", nonlinearity, NONLINEARITIES)
+    return gated.normalise("rnn", f"rnn_{nonlinearity}", x, weight_hh, h0, **options)
+
+
+def _definition(call: Call) -> tuple[Tensor, Tensor]:
+    return reference.rnn(
+        call.x, call.weight_hh, call.h0, nonlinearity=call.cell.removeprefix("rnn_"), bias_hh=call.bias_hh,
+        layer_norm=call.layer_norm, **call.interruptions(),
+    )  # fmt: skip
+
+
+gated.define("rnn", _definition)
+
+
+def rnn(
+    x: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    bias_hh: Tensor | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | list[int] | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    grad_clip: float | None = None,
+    zoneout: float = 0.0,
+    zoneout_mask: Tensor | None = None,
+    layer_norm: tuple[Tensor, Tensor] | None = None,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The recurrence of a simple recurrent network over a whole sequence.
+
+    .. math:: h_t = \mathrm{act}(x_t + W_{hh} h_{t-1} + b_{hh})
+
+    x already holds the input projection, as torch.nn.RNN computes it: W_ih input + b_ih.
+
+    Args:
+        x: (T, B, H), or (B, T, H) under batch_first. float64, float32, bfloat16 or float16.
+        weight_hh: (H, H), in x's dtype, or float32 beside a 16-bit x (so too h0, bias_hh and layer_norm).
+        h0: (B, H), the initial state; zeros when None.
+        nonlinearity: act: tanh or relu.
+        bias_hh: (H,), added to every step.
+        reset: bool (T, B), or (B, T) under batch_first. Where True, the row's state is zeroed before the step is taken.
+        lengths: (B,), the number of valid steps of each row, 0 to T, in any order: a list, or an int64 tensor. Steps
+            past it output 0 and leave the state alone. A list or CPU tensor is checked; a CUDA tensor is clamped.
+        reverse: takes each row's valid steps from last to first; output[t] stays at x[t].
+        batch_first: x, reset, zoneout_mask and output are (B, T, ...). Nothing is copied.
+        grad_clip: in the backward, dL/dh_t is clamped to [-grad_clip, grad_clip] once the gradient of output[t] and
+            that from the later steps have been added.
+        zoneout: the probability z that a unit keeps its old state in a step (Krueger et al. 2016), in training; else
+            the new state is z * old + (1 - z) * new.
+        zoneout_mask: bool (T, B, H), as x under batch_first: True where a unit keeps its old state, instead of a drawn
+            mask. It has no effect outside training.
+        layer_norm: (weight, bias), each (H,): W_hh h is normalised over its H features before b_hh is added
+            (Ba et al. 2016, eps 1e-5).
+        training: whether zoneout draws.
+        backend: auto, reference or cpp; None takes that of use_backend(), else of RECATTN_BACKEND.
+
+    Returns:
+        output, (T, B, H), or (B, T, H) under batch_first, in x's dtype: h_t of every step; and h_n, (B, H), in h0's
+        dtype (x's without h0): each row's state after the last step that was taken.
+
+    Gradients: x, weight_hh, h0, bias_hh and layer_norm, of any order; forward-mode AD, functorch transforms and second
+    derivatives run the reference. States and sums are float32, float64 for a float64 x.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit; the message names the argument.
+        BackendUnavailableError: the backend asked for cannot run this call; recattn_kernels.explain() says why.
+
+    Sources: Elman, "Finding structure in time", 1990; zoneout: Krueger et al., arXiv:1606.01305; layer normalisation:
+    Ba, Kiros and Hinton, arXiv:1607.06450.
+    """
+    call = normalise(
+        x, weight_hh, h0, nonlinearity=nonlinearity, bias_hh=bias_hh, reset=reset, lengths=lengths, reverse=reverse,
+        batch_first=batch_first, grad_clip=grad_clip, zoneout=zoneout, zoneout_mask=zoneout_mask, layer_norm=layer_norm,
+        training=training,
+    )  # fmt: skip
+    output, h_n, _ = gated.run("rnn", call, BACKENDS, backend)
+    return output, h_n

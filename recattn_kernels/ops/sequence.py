@@ -1,0 +1,134 @@
+"""What the references of the recurrences share, in plain PyTorch: the walk over time, and how it is interrupted.
+
+Works on any device and floating dtype, to any order of derivative, under vmap and forward-mode AD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ClipGradient(torch.autograd.Function):
+    """Forward: the identity. Backward: the gradient clamped to [-limit, limit]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, limit: float) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the state is kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def valid_steps(x: Tensor, lengths: Tensor | None, time: int) -> Tensor | None:
+    """(T, B, 1), True where step t of row b is within the row's length."""
+    if lengths is None:
+        return None
+    t = torch.arange(x.shape[time], device=x.device)
+    return (t[:, None] < lengths.to(x.device)).unsqueeze(-1)
+
+
+States = tuple[Tensor, ...]
+
+
+def walk(
+    step: Callable[[Tensor, States], States],
+    x: Tensor,
+    states: States,
+    *,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    grad_clip: float | None = None,
+    zoneout: Sequence[float] = (),
+    keep: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, States]:
+    """states[t] = step(x[t], states[t-1]) over all T >= 1 steps: the first state of every step, and the last states.
+
+    zoneout: for each state the share z of the old one in z * old + (1 - z) * new. keep: for each state a mask shaped as
+    the outputs, True where the old one stays. grad_clip bounds the gradient of every state of every step.
+    """
+    # unbind and stack: indexing x[t] or assigning output[t] in the loop has a backward quadratic in T.
+    time = 1 if batch_first else 0
+    T = x.shape[time]
+    proceeds: list[Tensor | None] = [None] * T  # (B, 1) each: True where the step continues from the states before it
+    valid = valid_steps(x, lengths, time)
+    if valid is not None:
+        # Steps past a row's end start from zeros and are dropped: no NaN or infinity there reaches a gradient.
+        x = torch.where(valid.transpose(0, time), x, 0.0)
+        proceeds = list(valid.unbind(0))
+    if reset is not None:
+        resets = reset.unsqueeze(-1).unbind(time)
+        proceeds = [~r if p is None else p & ~r for p, r in zip(proceeds, resets, strict=True)]
+    keeps = [None if mask is None else mask.unbind(time) for mask in keep]
+
+    x_steps = x.unbind(time)
+    outputs: list[Tensor] = [states[0]] * T
+    for t in range(T - 1, -1, -1) if reverse else range(T):
+        proceeds_t = proceeds[t]
+        old = states if proceeds_t is None else tuple(torch.where(proceeds_t, s, 0.0) for s in states)
+        new = step(x_steps[t], old)
+        if any(zoneout):
+            mixed = zip(zoneout, old, new, strict=True)
+            new = tuple(n if z == 0 else z * o + (1 - z) * n for z, o, n in mixed)
+        if any(masks is not None for masks in keeps):
+            mixed_ = zip(keeps, old, new, strict=True)
+            new = tuple(n if masks is None else torch.where(masks[t], o, n) for masks, o, n in mixed_)
+        if grad_clip is not None:
+            new = tuple(ClipGradient.apply(n, grad_clip) for n in new)  # type: ignore[no-untyped-call]
+        outputs[t] = new[0] if valid is None else torch.where(valid[t], new[0], 0.0)
+        states = new if valid is None else tuple(torch.where(valid[t], n, s) for n, s in zip(new, states, strict=True))
+    return torch.stack(outputs, time), states
+
+
+def zeros(x: Tensor, H: int, batch_first: bool) -> Tensor:
+    """An initial state for x: (B, H) zeros that take no memory."""
+    return x.new_zeros(()).expand(x.shape[0 if batch_first else 1], H)
+
+
+def layer_norm(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(v - mean) / sqrt(var + 1e-5) * weight + bias over the last dimension (Ba et al., 2016)."""
+    return F.layer_norm(v, v.shape[-1:], weight.to(v.dtype), bias.to(v.dtype))
+
+
+def recurrent(
+    weight_hh: Tensor, bias_hh: Tensor | None, norm: tuple[Tensor | None, ...], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """h -> W_hh h, normalised if norm has a weight and a bias, + bias_hh."""
+    W = weight_hh.to(dtype).t()
+    b = None if bias_hh is None else bias_hh.to(dtype)
+    weight, bias = norm[:2]
+
+    def product(h: Tensor) -> Tensor:
+        r = h @ W
+        if weight is not None and bias is not None:
+            r = layer_norm(r, weight, bias)
+        return r if b is None else r + b
+
+    return product
+
+
+def no_steps(x: Tensor, H: int, parameters: Sequence[Tensor | None]) -> Tensor:
+    """The output of a sequence without steps: nothing, but every input keeps a gradient (of zeros)."""
+    return x[..., :H] + sum(p.to(x.dtype).sum() for p in parameters if p is not None)
