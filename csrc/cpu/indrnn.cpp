@@ -146,36 +146,36 @@ void forward_tile(const IndrnnForward& p, Tile tile) {
   alignas(64) S line[CHUNK];
   alignas(64) R in[CHUNK], wide_out[CHUNK];
   for (int64_t b = tile.b0; b < tile.b1; ++b) copy_or_zero(state(b), p.h0, b * p.H + tile.h0, tile.width);
+  const bool interrupted = p.lengths || p.reset;
+  const int64_t width = tile.width, x_ahead = ahead * p.x.stride_t, out_ahead = ahead * p.output.stride_t;
+  const int64_t x_b = p.x.stride_b, out_b = p.output.stride_b;
+  // A part of a row of a constant length: the compiler unrolls its loops.
+  const auto part = [&](const S* x, S* out, R* h, int64_t i, int64_t n) __attribute__((always_inline)) {
+    fetch<0>(x + i + x_ahead, n);
+    if (!stream) fetch<1>(out + i + out_ahead, n);
+    S* to = stream ? line : out + i;
+    R* row_out = wide_out;
+    if constexpr (!NARROW) row_out = to;
+    forward_row<A, BIAS, S>(wide(x + i, in, n), row_out, h + i, u + i, BIAS ? bias + i : nullptr, slope, n);
+    if constexpr (NARROW) narrow(to, wide_out, n);
+    if (stream) stream_row(out + i, line, n);
+  };
   for (int64_t step = 0; step < p.T; ++step) {
     const int64_t t = p.reverse ? p.T - 1 - step : step;
-    for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      S* out = row<S>(p.output, t, b, tile.h0);
-      if (ended(p, t, b)) {
-        memset(static_cast<void*>(out), 0, tile.width * sizeof(S));
-        continue;
-      }
-      R* h = state(b);
-      const S* x = row<S>(p.x, t, b, tile.h0);
-      if (resets(p, t, b)) memset(h, 0, tile.width * sizeof(R));
-      for (int64_t i = 0; i < tile.width; i += CHUNK) {
-        const int64_t n = least(CHUNK, tile.width - i);
-        fetch<0>(x + i + ahead * p.x.stride_t, n);
-        if (!stream) fetch<1>(out + i + ahead * p.output.stride_t, n);
-        S* to = stream ? line : out + i;
-        R* row_out = wide_out;
-        if constexpr (!NARROW) row_out = to;
-        const R* bias_i = BIAS ? bias + i : nullptr;
-        const auto work_on = [&](int64_t m) __attribute__((always_inline)) {
-          forward_row<A, BIAS, S>(wide(x + i, in, m), row_out, h + i, u + i, bias_i, slope, m);
-          if constexpr (NARROW) narrow(to, wide_out, m);
-        };
-        if (n == CHUNK) {  // a constant: the loops of the 16-bit types take a quarter less
-          work_on(CHUNK);
-        } else {
-          work_on(n);
+    const S* x = row<S>(p.x, t, tile.b0, tile.h0);
+    S* out = row<S>(p.output, t, tile.b0, tile.h0);
+    R* h = state(tile.b0);
+    for (int64_t b = tile.b0; b < tile.b1; ++b, x += x_b, out += out_b, h += p.H) {
+      if (interrupted) {
+        if (ended(p, t, b)) {
+          memset(static_cast<void*>(out), 0, width * sizeof(S));
+          continue;
         }
-        if (stream) stream_row(out + i, line, n);
+        if (resets(p, t, b)) memset(h, 0, width * sizeof(R));
       }
+      int64_t i = 0;
+      for (; i + CHUNK <= width; i += CHUNK) part(x, out, h, i, CHUNK);
+      if (i < width) part(x, out, h, i, width - i);
     }
   }
   if (stream) end_streaming();
