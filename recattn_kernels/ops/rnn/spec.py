@@ -1,0 +1,25 @@
+"""rnn for the tests and the benchmarks: samples, workloads, and the least that a call costs."""
+
+from __future__ import annotations
+
+import torch
+
+from recattn_kernels.ops.gated.spec import Samples, cost, inputs, workloads
+from recattn_kernels.ops.rnn.api import rnn
+from recattn_kernels.ops.rnn.contract import BACKENDS
+from recattn_kernels.spec import OpSpec
+
+FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+RNN = Samples(1)
+RELU = ("plain", "wide", "everything_reverse", "layer_norm", "nan")
+
+SPEC = OpSpec(
+    name="rnn",
+    function=rnn,
+    backends=tuple(BACKENDS),
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
+    samples=(*RNN.all(), *RNN.variant("relu_", RELU, nonlinearity="relu")),
+    workloads=workloads(),
+    inputs=inputs(1),
+    cost=cost("rnn_tanh", 1),
+)
