@@ -76,11 +76,11 @@ template <class T> struct Product {
   int64_t base_row(int64_t k) const { return k > 0 ? c_row : 0; }
 };
 
-// Memory for n elements. The last vector may be stored past them.
+// Memory for n elements.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data(static_cast<T*>(operator new((n + LANES<T>) * sizeof(T), std::align_val_t(64)))) {}
+  explicit Scratch(int64_t n) : data(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(64)))) {}
   Scratch(const Scratch&) = delete;
   ~Scratch() { operator delete(data, std::align_val_t(64)); }
   T* const data;
@@ -137,7 +137,8 @@ void pack_transposed(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
   constexpr int L = LANES<T>;
   int64_t k = 0;
   for (; k + L <= depth; k += L) {
-    // The vectors of the last group of rows reach into the next k, the first group of which is stored after them.
+    // The vectors of the last group of rows reach into the next k, the first group of which is stored after them, or past
+    // the end: a panel has room for that.
     for (int group = (W - 1) / L * L; group >= 0; group -= L) {
       Vector<T> v[L];
       for (int i = 0; i < L; ++i) {
@@ -152,27 +153,34 @@ void pack_transposed(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
   }
 }
 
+// The elements from one panel to the next: without the last vector panels of 256 would all begin in the same set of the
+// first-level cache.
+template <int W, class T>
+constexpr int64_t panel_size(int64_t depth) {
+  return W * depth + LANES<T>;
+}
+
 // Rows by depth elements as panels of W rows, the last filled up with zeros: panel[k * W + i].
 template <int W, class T>
 void pack(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
-  const int64_t whole = rows / W * W;
+  const int64_t whole = rows / W * W, size = panel_size<W, T>(depth);
   if (from.row == 1) {  // in the order of memory
     for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t i = 0; i < whole; i += W) memcpy(to + i * depth + k * W, from.at(i, k), W * sizeof(T));
+      T* panel = to + k * W;
+      for (int64_t i = 0; i < whole; i += W, panel += size) memcpy(panel, from.at(i, k), W * sizeof(T));
       if (whole == rows) continue;
-      T* last = to + whole * depth + k * W;
-      for (int i = 0; i < W; ++i) last[i] = whole + i < rows ? *from.at(whole + i, k) : T(0);
+      for (int i = 0; i < W; ++i) panel[i] = whole + i < rows ? *from.at(whole + i, k) : T(0);
     }
     return;
   }
-  for (int64_t i = 0; i < rows; i += W) {
+  for (int64_t i = 0; i < rows; i += W, to += size) {
     const int64_t n = least(W, rows - i);
     if (from.col == 1) {
-      pack_transposed<W>(from.from(i, 0), n, depth, to + i * depth);
+      pack_transposed<W>(from.from(i, 0), n, depth, to);
       continue;
     }
     for (int64_t k = 0; k < depth; ++k) {
-      for (int j = 0; j < W; ++j) to[i * depth + k * W + j] = j < n ? *from.at(i + j, k) : T(0);
+      for (int j = 0; j < W; ++j) to[k * W + j] = j < n ? *from.at(i + j, k) : T(0);
     }
   }
 }
@@ -227,21 +235,21 @@ void packed_product(const Product<T>& p) {
   const bool by_rows = p.M >= 2 * MR * p.threads || p.M >= p.N;
   const int64_t row_tasks = by_rows ? round_up(ceil_div(p.M, MC), p.threads) : ceil_div(p.M, MC);
   const int64_t col_tasks = by_rows ? 1 : p.threads, mc = round_up(ceil_div(p.M, row_tasks), MR);
-  const int64_t block = mc * kc + LANES<T>;
-  const Scratch<T> packed_b(nc * depth), packed_as(p.threads * block);
+  const int64_t a_block = mc / MR * panel_size<MR, T>(kc), b_block = nc / N_TILE * panel_size<N_TILE, T>(kc);
+  const Scratch<T> packed_as(p.threads * a_block), packed_b(depth / kc * b_block);
   int started = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     int thread;
 #pragma omp atomic capture
     thread = started++;
-    T* const packed_a = packed_as.data + thread * block;
+    T* const packed_a = packed_as.data + thread * a_block;
     for (int64_t j0 = 0; j0 < p.N; j0 += nc) {
       const int64_t columns = least(nc, p.N - j0), share = round_up(ceil_div(columns, col_tasks), N_TILE);
       for (int64_t d0 = 0; d0 < p.K; d0 += depth) {
         const int64_t d1 = least(p.K, d0 + depth), blocks = ceil_div(d1 - d0, kc);
         const auto panels = [&](int64_t k, int64_t j) {  // those of columns j... in the block of K that begins at k
-          return packed_b.data + (k - d0) * nc + j * least(kc, d1 - k);
+          return packed_b.data + (k - d0) / kc * b_block + j / N_TILE * panel_size<N_TILE, T>(least(kc, d1 - k));
         };
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < ceil_div(columns, 8 * N_TILE) * blocks; ++task) {
@@ -258,7 +266,7 @@ void packed_product(const Product<T>& p) {
             pack<MR>(p.a.from(i0, k), rows, here, packed_a);
             for (int64_t j = from; j < to; j += N_TILE) {
               for (int64_t i = 0; i < rows; i += MR) {
-                multiply(packed_a + i * here, panels(k, j), here, p.base(i0 + i, j0 + j, k), p.base_row(k),
+                multiply(packed_a + i / MR * panel_size<MR, T>(here), panels(k, j), here, p.base(i0 + i, j0 + j, k), p.base_row(k),
                          p.c + (i0 + i) * p.c_row + j0 + j, p.c_row, least(MR, rows - i), least(N_TILE, to - j));
               }
             }
@@ -387,7 +395,7 @@ template <class T>
 void sum_columns(const ColumnSum& p) {
   const T* a = static_cast<const T*>(p.a);
   T* out = static_cast<T*>(p.out);
-  const int64_t width = least(STRIP, round_up(ceil_div(p.N, p.threads), 16));
+  const int64_t width = least(STRIP, round_up(p.N / p.threads + 1, 16));
 #pragma omp parallel for schedule(static) num_threads(threads_for(p.M * p.N, p.threads))
   for (int64_t j0 = 0; j0 < p.N; j0 += width) {
     const int64_t n = least(width, p.N - j0);
