@@ -18,12 +18,15 @@ struct Isa {
   bool supported;
   void (*indrnn_forward)(const IndrnnForward&);
   void (*indrnn_backward)(const IndrnnBackward&);
+  void (*gemm)(const Gemm&);
+  void (*column_sum)(const ColumnSum&);
 };
 
 // Widest last.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = {
-#define RECATTN_ISA_ROW(name, ns, supported) {name, supported, ns::indrnn_forward, ns::indrnn_backward}
+#define RECATTN_ISA_ROW(name, ns, supported) \
+  {name, supported, ns::indrnn_forward, ns::indrnn_backward, ns::gemm, ns::column_sum}
 #ifdef __x86_64__
       RECATTN_ISA_ROW("x86-64", isa_base, true),
       RECATTN_ISA_ROW("avx2", isa_v3,
@@ -135,5 +138,32 @@ PYBIND11_MODULE(_cpu, m) {
     p.grad_bias = pointer(grad_bias);
     py::gil_scoped_release release;
     current()->indrnn_backward(p);
+  });
+
+  m.def("gemm", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, Strided a, Strided b,
+                   std::tuple<uintptr_t, int64_t> c, uintptr_t bias, int threads) {
+    Gemm p{};
+    uintptr_t a_address, b_address, c_address;
+    std::tie(p.M, p.N, p.K) = sizes;
+    p.dtype = Dtype(dtype);
+    std::tie(a_address, p.a_row, p.a_col) = a;
+    std::tie(b_address, p.b_row, p.b_col) = b;
+    std::tie(c_address, p.c_row) = c;
+    p.a = pointer(a_address);
+    p.b = pointer(b_address);
+    p.c = pointer(c_address);
+    p.bias = pointer(bias);
+    p.threads = threads;
+    py::gil_scoped_release release;
+    current()->gemm(p);
+  });
+
+  m.def("column_sum", [](std::tuple<int64_t, int64_t> sizes, int dtype, std::tuple<uintptr_t, int64_t> a, uintptr_t out,
+                         int threads) {
+    const auto [M, N] = sizes;
+    const auto [address, row] = a;
+    const ColumnSum p = {M, N, Dtype(dtype), pointer(address), row, pointer(out), threads};
+    py::gil_scoped_release release;
+    current()->column_sum(p);
   });
 }

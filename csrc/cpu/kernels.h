@@ -44,10 +44,35 @@ struct IndrnnBackward : Indrnn {
   double grad_clip;      // infinity: no clipping
 };
 
+// C = A B + bias: (M, N) from (M, K) and (K, N), in float32 or float64.
+struct Gemm {
+  int64_t M, N, K;
+  Dtype dtype;
+  const void* a;
+  int64_t a_row, a_col;  // strides in elements
+  const void* b;
+  int64_t b_row, b_col;
+  void* c;  // its rows are contiguous; never read before it is written
+  int64_t c_row;
+  const void* bias;  // (N,) or null
+  int threads;
+};
+
+struct ColumnSum {
+  int64_t M, N;
+  Dtype dtype;    // float32 or float64
+  const void* a;  // (M, N); its rows are contiguous
+  int64_t a_row;
+  void* out;  // (N,)
+  int threads;
+};
+
 #define RECATTN_DECLARE(isa)                      \
   namespace isa {                                 \
   void indrnn_forward(const IndrnnForward& p);    \
   void indrnn_backward(const IndrnnBackward& p);  \
+  void gemm(const Gemm& p);                       \
+  void column_sum(const ColumnSum& p);            \
   }
 
 RECATTN_DECLARE(isa_base)

@@ -17,9 +17,12 @@ struct Isa {
   int (*test_cells)();
   void (*indrnn_forward)(const IndrnnForward&);
   void (*indrnn_backward)(const IndrnnBackward&);
+  void (*gemm)(const Gemm&);
+  void (*column_sum)(const ColumnSum&);
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
+int test_gemm(const std::vector<Isa>& isas);
 
 namespace {
 

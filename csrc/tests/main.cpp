@@ -20,7 +20,7 @@ using namespace recattn;
 int main() {
   // The conditions are those of csrc/cpu/bindings.cpp.
 #define RECATTN_ISA_ROW(ns, supported, needs) \
-  {#ns, bool(supported), needs, ns::test_cells, ns::indrnn_forward, ns::indrnn_backward}
+  {#ns, bool(supported), needs, ns::test_cells, ns::indrnn_forward, ns::indrnn_backward, ns::gemm, ns::column_sum}
   const Isa table[] = {
       RECATTN_ISA_ROW(isa_base, true, ""),
 #ifdef __x86_64__
@@ -47,5 +47,6 @@ int main() {
     isas.push_back(isa);
   }
   failed += test_indrnn(isas);
+  failed += test_gemm(isas);
   return failed != 0;
 }
