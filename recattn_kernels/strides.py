@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+# As csrc/cpu/kernels.h's enum Dtype has them.
+CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x contiguous and in dtype: mostly it is already, and then no operation of torch is called."""
+    if x is None or (x.dtype == dtype and x.is_contiguous()):
+        return x
+    return x.to(dtype).contiguous()
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -11,22 +11,10 @@ from torch import Tensor
 from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import contiguous_rows, strided
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer, strided
 
-# As csrc/cpu/kernels.h's enum Dtype and csrc/cells.h's enum Activation have them.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# As csrc/cells.h's enum Activation has them.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-
-
-def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """x contiguous and in dtype: mostly it is already, and then no operation of torch is called."""
-    if x is None or (x.dtype == dtype and x.is_contiguous()):
-        return x
-    return x.to(dtype).contiguous()
-
-
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -36,7 +24,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     output, h_n = empty_forward(call)
     state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
     _cpu().indrnn_forward(
-        call.sizes, DTYPES[x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
+        call.sizes, CPU_DTYPES[x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
         pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
         torch.get_num_threads(), pointer(bias), strided(x, time), strided(output, time), pointer(state),
     )  # fmt: skip
@@ -53,7 +41,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     columns = output.new_empty((6, B, H), dtype=dtype)  # scratch
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
     _cpu().indrnn_backward(
-        call.sizes, DTYPES[output.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
+        call.sizes, CPU_DTYPES[output.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
         pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
         torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip,
         strided(dy, time), strided(output, time), pointer(dh_n), strided(dx, time),

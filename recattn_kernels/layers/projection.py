@@ -1,0 +1,76 @@
+"""The input projection of every step at once: the one product of a recurrent layer that does not wait for a state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recattn_kernels import backends
+
+
+def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input (..., D) weight^T + bias, with weight (G*H, D) and bias (G*H,): (..., G*H).
+
+    In float32 on a CPU by csrc/cpu/gemm.cpp, which is faster than the BLAS behind F.linear, in the backward too.
+    """
+    if not _packed(input, weight, bias):
+        return F.linear(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    output: Tensor = _Projection.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def _packed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if input.dtype != torch.float32 or weight.dtype != torch.float32 or input.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu") or backends.under_transform() or backends.dispatches(input, weight, bias):
+        return False
+    return input.numel() > 0 and not isinstance(backends.extension("_cpu"), str)
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        product, total = (torch.matmul, _sum) if torch.is_grad_enabled() else (matmul, column_sum)
+        return (
+            product(grad, weight) if ctx.needs_input_grad[0] else None,
+            product(grad.t(), x) if ctx.needs_input_grad[1] else None,
+            total(grad) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _sum(a: Tensor) -> Tensor:
+    return a.sum(0)
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (M, K) times b (K, N), of any strides, + bias (N,): float32 on a CPU, without a derivative."""
+    (M, K), N = a.shape, b.shape[1]
+    c = a.new_empty(M, N)
+    bias = None if bias is None else bias.contiguous()
+    _cpu().gemm(
+        (M, N, K), 0, (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (c.data_ptr(), N),
+        0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return c
+
+
+def column_sum(a: Tensor) -> Tensor:
+    """The sum of a (M, N) over its rows."""
+    a = a if a.stride(1) == 1 else a.contiguous()
+    out = a.new_empty(a.shape[1])
+    _cpu().column_sum(tuple(a.shape), 0, (a.data_ptr(), a.stride(0)), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _cpu() -> Any:
+    return backends.extension("_cpu")

@@ -1,0 +1,81 @@
+"""The gated recurrences on the CPU: hands pointers and strides to csrc/cpu/gated_forward.cpp and gated_backward.cpp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import backends
+from recattn_kernels.ops.gated.contract import CELLS, PARAMETERS, Call, Kept, empty_forward
+from recattn_kernels.ops.sequence import compute_dtype
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer, strided
+
+# As csrc/cpu/kernels.h's enum Cell has them.
+CELL_CODES = {name: code for code, name in enumerate(CELLS)}
+
+
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    dtype = compute_dtype(call.x.dtype)
+    x = contiguous_rows(call.x)
+    output, h_n, c_n, kept = empty_forward(call, keep)
+    h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
+    holds, common = _common(call, dtype)
+    _cpu().gated_forward(
+        *common, strided(x, call.time), strided(output, call.time), pointer(h), _some(c), tuple(map(_some, kept))
+    )
+    del holds
+    return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
+
+
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
+    dtype, time = compute_dtype(call.x.dtype), call.time
+    T, B, H = call.sizes
+    GH = call.gates * H
+    output = contiguous_rows(call.x)
+    dy = None if grads[0] is None else contiguous_rows(grads[0])
+    dh_n, dc_n = (plain(g, dtype) for g in grads[1:])
+    dx = output.new_empty((*output.shape[:2], GH))
+    # dL/d(W_hh h): that of x itself where W_hh h is added to it and to nothing else.
+    shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
+    dr = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
+    parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
+    found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
+    holds, common = _common(call, dtype)
+    _cpu().gated_backward(
+        *common, math.inf if call.grad_clip is None else call.grad_clip,
+        strided(dy, time), strided(output, time), pointer(dh_n), pointer(dc_n), tuple(map(_some, kept)),
+        strided(dx, time), pointer(dr), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
+    )  # fmt: skip
+    del holds
+    results = (
+        dx.new_empty(0) if g is None or p is None else g if g.dtype == p.dtype else g.to(p.dtype)
+        for g, p in zip(found.values(), parameters.values(), strict=True)
+    )
+    return dx, *results
+
+
+def _common(call: Call, dtype: torch.dtype) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """The arguments that both directions take, and the tensors that have to live as long as their pointers."""
+    time = call.time
+    names = ("weight_hh", "bias_hh", "ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias", "h0", "c0")
+    weight_hh, bias_hh, *norm, h0, c0 = holds = [plain(getattr(call, name), dtype) for name in names]
+    lengths = plain(call.lengths, torch.int64)
+    masks = [None if m is None else contiguous_rows(m) for m in (call.keep_h, call.keep_c)]
+    return [*holds, lengths, *masks], (
+        call.sizes, CPU_DTYPES[call.x.dtype], CELL_CODES[call.cell], pointer(weight_hh), pointer(bias_hh),
+        tuple(map(pointer, norm)), pointer(h0), pointer(c0), strided(call.reset, time), pointer(lengths), call.reverse,
+        call.mixing, strided(masks[0], time), strided(masks[1], time), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _some(x: Tensor) -> int:
+    """The pointer of a tensor that may be empty for absent."""
+    return x.data_ptr() if x.numel() else 0
+
+
+def _cpu() -> Any:
+    return backends.extension("_cpu")
