@@ -4,7 +4,8 @@
 // operands are packed into panels that it reads one element after the other: a panel of B stays in the first-level
 // cache, a block of panels of A in the second, and all of B, or as much as fits, in the third. Each element of C sums
 // its blocks of KC products in their order, so the result does not depend on the number of threads, and the error
-// grows with KC + K / KC, not K. Where A has few rows the product costs no more than reading B, and B is not packed.
+// grows with KC + K / KC, not K. Where A has few rows the product costs no more than reading B, and B is not packed;
+// where it has few columns, no more than writing C.
 #include <new>
 #include <utility>
 
@@ -29,7 +30,7 @@ template <class T> constexpr int64_t KC = 1024 / sizeof(T);  // a panel of B tak
 constexpr int64_t MC = 240;                                  // a block of A takes a quarter of 1 MB
 constexpr int64_t NC = 4096;
 constexpr int64_t PACKED_B = int64_t(8) << 20;  // bytes
-constexpr int64_t FEW_ROWS = 8;
+constexpr int64_t FEW_ROWS = 8, FEW_PRODUCTS = 2;
 constexpr int64_t STRIP = 256;  // columns
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -164,8 +165,10 @@ constexpr int64_t panel_size(int64_t depth) {
 template <int W, class T>
 void pack(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
   const int64_t whole = rows / W * W, size = panel_size<W, T>(depth);
-  if (from.row == 1) {  // in the order of memory
+  if (from.row == 1) {  // in the order of memory, which jumps from one k to the next: prefetchers do not follow
+    constexpr int64_t AHEAD = 16, LINE = 64 / sizeof(T);
     for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t i = 0; i < rows; i += LINE) __builtin_prefetch(from.at(i, k + AHEAD));
       T* panel = to + k * W;
       for (int64_t i = 0; i < whole; i += W, panel += size) memcpy(panel, from.at(i, k), W * sizeof(T));
       if (whole == rows) continue;
@@ -357,11 +360,36 @@ void few_rows_by_rows(const Product<T>& p) {
   }
 }
 
+// Few products for each element of C, row by row as memory takes it: C[i, j...] = base + sum of A[i, k] * B[k, j...].
+template <class T>
+void few_products(const Product<T>& p) {
+  const Scratch<T> rows(p.K * p.N);
+  for (int64_t k = 0; k < p.K; ++k) {
+    for (int64_t j = 0; j < p.N; ++j) rows.data[k * p.N + j] = *p.b.at(k, j);
+  }
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+  for (int64_t i = 0; i < p.M; ++i) {
+    T* __restrict c = p.c + i * p.c_row;
+    for (int64_t k = 0; k < p.K; ++k) {
+      const T a = *p.a.at(i, k);
+      const T* b = rows.data + k * p.N;
+      if (k > 0) {
+        for (int64_t j = 0; j < p.N; ++j) c[j] += a * b[j];
+      } else if (p.bias) {
+        for (int64_t j = 0; j < p.N; ++j) c[j] = p.bias[j] + a * b[j];
+      } else {
+        for (int64_t j = 0; j < p.N; ++j) c[j] = a * b[j];
+      }
+    }
+  }
+}
+
 template <class T>
 void product(const Product<T>& p) {
   const bool few_rows = p.M <= FEW_ROWS, few_columns = !few_rows && p.N <= FEW_ROWS;
   if (few_rows && p.b.row == 1) return few_rows_by_columns(p);
   if (few_rows && p.b.col == 1) return few_rows_by_rows(p);
+  if (p.K <= FEW_PRODUCTS) return few_products(p);
   if (!few_columns || (p.a.row != 1 && p.a.col != 1)) return packed_product(p);
   // Few columns of B are few rows of it, transposed.
   const Scratch<T> c(p.M * p.N);
