@@ -17,9 +17,12 @@ struct Isa {
   int (*test_cells)();
   void (*indrnn_forward)(const IndrnnForward&);
   void (*indrnn_backward)(const IndrnnBackward&);
+  void (*gated_forward)(const GatedForward&);
+  void (*gated_backward)(const GatedBackward&);
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
+int test_gated(const std::vector<Isa>& isas);
 
 namespace {
 

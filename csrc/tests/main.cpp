@@ -19,8 +19,9 @@ using namespace recattn;
 
 int main() {
   // The conditions are those of csrc/cpu/bindings.cpp.
-#define RECATTN_ISA_ROW(ns, supported, needs) \
-  {#ns, bool(supported), needs, ns::test_cells, ns::indrnn_forward, ns::indrnn_backward}
+#define RECATTN_ISA_ROW(ns, supported, needs)                                                   \
+  {#ns,                bool(supported),     needs,             ns::test_cells, ns::indrnn_forward, \
+   ns::indrnn_backward, ns::gated_forward, ns::gated_backward}
   const Isa table[] = {
       RECATTN_ISA_ROW(isa_base, true, ""),
 #ifdef __x86_64__
@@ -47,5 +48,6 @@ int main() {
     isas.push_back(isa);
   }
   failed += test_indrnn(isas);
+  failed += test_gated(isas);
   return failed != 0;
 }
