@@ -143,5 +143,55 @@ RECATTN_FN R clamp_symmetric(R v, R limit) {
   return v < -limit ? -limit : v;
 }
 
+// a * (1 - a), the derivative of a sigmoid whose value is a, and 1 - a * a, that of a tanh.
+template <class R>
+RECATTN_FN R sigmoid_slope(R a) {
+  return a * (R(1) - a);
+}
+template <class R>
+RECATTN_FN R tanh_slope(R a) {
+  return R(1) - a * a;
+}
+
+// The gates of the lstm (activated), or the gradients of what they are activated from.
+template <class R>
+struct LstmGates {
+  R i, f, g, o;
+};
+
+template <class R>
+RECATTN_FN LstmGates<R> lstm_gates(R i, R f, R g, R o) {
+  return {sigmoid(i), sigmoid(f), tanh_(g), sigmoid(o)};
+}
+
+// c[t] = f * c[t-1] + i * g
+template <class R>
+RECATTN_FN R lstm_cell(const LstmGates<R>& a, R c) {
+  return a.f * c + a.i * a.g;
+}
+
+// From dc = dL/dc[t] and, where h = o * squashed, dh = dL/dh[t]. The cell's own gradient is dL/dc[t-1] = f * dc.
+template <class R>
+RECATTN_FN LstmGates<R> lstm_backward(const LstmGates<R>& a, R c, R squashed, R dc, R dh) {
+  return {dc * a.g * sigmoid_slope(a.i), dc * c * sigmoid_slope(a.f), dc * a.i * tanh_slope(a.g),
+          dh * squashed * sigmoid_slope(a.o)};
+}
+
+// h[t] = (1 - z) * n + z * h[t-1], the gru's.
+template <class R>
+RECATTN_FN R gru_state(R z, R n, R h) {
+  return (R(1) - z) * n + z * h;
+}
+
+// From dh = dL/dh[t]: the gradients of what z and n are activated from. Through z alone, dL/dh[t-1] = z * dh.
+template <class R>
+RECATTN_FN R gru_backward_z(R z, R n, R h, R dh) {
+  return dh * (h - n) * sigmoid_slope(z);
+}
+template <class R>
+RECATTN_FN R gru_backward_n(R z, R n, R dh) {
+  return dh * (R(1) - z) * tanh_slope(n);
+}
+
 }  // namespace RECATTN_ISA
 }  // namespace recattn

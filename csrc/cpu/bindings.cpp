@@ -1,7 +1,9 @@
 // recattn_kernels._cpu: the CPU kernels as functions of integers (pointers, sizes, strides). The caller, an op's cpp.py,
 // has checked every argument; nothing is checked again here. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,13 +22,16 @@ struct Isa {
   void (*indrnn_backward)(const IndrnnBackward&);
   void (*gemm)(const Gemm&);
   void (*column_sum)(const ColumnSum&);
+  void (*gated_forward)(const GatedForward&);
+  void (*gated_backward)(const GatedBackward&);
 };
 
 // Widest last.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = {
-#define RECATTN_ISA_ROW(name, ns, supported) \
-  {name, supported, ns::indrnn_forward, ns::indrnn_backward, ns::gemm, ns::column_sum}
+#define RECATTN_ISA_ROW(name, ns, supported)                                                           \
+  {name,     supported,      ns::indrnn_forward, ns::indrnn_backward, \
+   ns::gemm, ns::column_sum, ns::gated_forward,  ns::gated_backward}
 #ifdef __x86_64__
       RECATTN_ISA_ROW("x86-64", isa_base, true),
       RECATTN_ISA_ROW("avx2", isa_v3,
@@ -98,6 +103,61 @@ P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int acti
   return p;
 }
 
+struct Masked {
+  const uint8_t* data;
+  int64_t stride_t, stride_b;
+};
+
+Masked masked(const Strided& s) { return {pointer<uint8_t>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
+
+using Four = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+// What both directions of a gated recurrence take, in one tuple: sizes, dtype, cell, weight_hh, bias_hh, layer norm, h0,
+// c0, reset, lengths, reverse, zoneout's rates and masks, threads.
+using GatedArguments = std::tuple<std::tuple<int64_t, int64_t, int64_t>, int, int, uintptr_t, uintptr_t, Four, uintptr_t,
+                                  uintptr_t, Strided, uintptr_t, bool, std::tuple<double, double>, Strided, Strided, int>;
+
+template <class P>
+P gated(const GatedArguments& arguments) {
+  P p{};
+  const auto& [sizes, dtype, cell, weight_hh, bias_hh, norm, h0, c0, reset, lengths, reverse, zoneout, keep_h, keep_c,
+               threads] = arguments;
+  std::tie(p.T, p.B, p.H) = sizes;
+  p.dtype = Dtype(dtype);
+  p.cell = Cell(cell);
+  p.weight_hh = pointer(weight_hh);
+  p.bias_hh = pointer(bias_hh);
+  p.ln_weight = pointer(std::get<0>(norm));
+  p.ln_bias = pointer(std::get<1>(norm));
+  p.ln_c_weight = pointer(std::get<2>(norm));
+  p.ln_c_bias = pointer(std::get<3>(norm));
+  p.h0 = pointer(h0);
+  p.c0 = pointer(c0);
+  const Masked resets = masked(reset), h = masked(keep_h), c = masked(keep_c);
+  p.reset = resets.data;
+  p.reset_stride_t = resets.stride_t;
+  p.reset_stride_b = resets.stride_b;
+  p.lengths = pointer<int64_t>(lengths);
+  p.reverse = reverse;
+  std::tie(p.zoneout_h, p.zoneout_c) = zoneout;
+  p.keep_h = h.data;
+  p.keep_h_stride_t = h.stride_t;
+  p.keep_h_stride_b = h.stride_b;
+  p.keep_c = c.data;
+  p.keep_c_stride_t = c.stride_t;
+  p.keep_c_stride_b = c.stride_b;
+  p.threads = threads;
+  return p;
+}
+
+template <class P>
+void set_kept(P& p, const Four& kept) {
+  p.gates = pointer(std::get<0>(kept));
+  p.cells = pointer(std::get<1>(kept));
+  p.normed = pointer(std::get<2>(kept));
+  p.rstd = pointer(std::get<3>(kept));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -165,5 +225,42 @@ PYBIND11_MODULE(_cpu, m) {
     const ColumnSum p = {M, N, Dtype(dtype), pointer(address), row, pointer(out), threads};
     py::gil_scoped_release release;
     current()->column_sum(p);
+  });
+
+  m.def("gated_forward", [](const GatedArguments& arguments, Strided x, Strided output, uintptr_t h_n, uintptr_t c_n,
+                            const Four& kept) {
+    auto p = gated<GatedForward>(arguments);
+    p.x = sequence(x);
+    p.output = sequence(output);
+    p.h_n = pointer(h_n);
+    p.c_n = pointer(c_n);
+    set_kept(p, kept);
+    py::gil_scoped_release release;
+    current()->gated_forward(p);
+  });
+
+  // grads: of weight_hh, h0, c0, bias_hh, and the layer norm's weight, bias, weight_c and bias_c.
+  m.def("gated_backward", [](const GatedArguments& arguments, double grad_clip, Strided grad_output, Strided output,
+                             uintptr_t grad_h_n, uintptr_t grad_c_n, const Four& kept, Strided grad_x, uintptr_t grad_r,
+                             const std::array<uintptr_t, 8>& grads) {
+    auto p = gated<GatedBackward>(arguments);
+    p.grad_clip = grad_clip;
+    p.grad_output = sequence(grad_output);
+    p.output = sequence(output);
+    p.grad_h_n = pointer(grad_h_n);
+    p.grad_c_n = pointer(grad_c_n);
+    set_kept(p, kept);
+    p.grad_x = sequence(grad_x);
+    p.grad_r = pointer(grad_r);
+    p.grad_weight_hh = pointer(grads[0]);
+    p.grad_h0 = pointer(grads[1]);
+    p.grad_c0 = pointer(grads[2]);
+    p.grad_bias_hh = pointer(grads[3]);
+    p.grad_ln_weight = pointer(grads[4]);
+    p.grad_ln_bias = pointer(grads[5]);
+    p.grad_ln_c_weight = pointer(grads[6]);
+    p.grad_ln_c_bias = pointer(grads[7]);
+    py::gil_scoped_release release;
+    current()->gated_backward(p);
   });
 }

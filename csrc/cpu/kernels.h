@@ -67,12 +67,56 @@ struct ColumnSum {
   int threads;
 };
 
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_before };  // gru_before: the reset gate before the product
+
+// G gates: 1 (rnn), 4 (lstm: i f g o), 3 (gru: r z n). R is float, or double beside float64 sequences.
+struct Gated {
+  int64_t T, B, H;
+  Cell cell;
+  Dtype dtype;                            // of the sequences; everything else is R
+  const void* weight_hh;                  // (G * H, H)
+  const void* bias_hh;                    // (G * H,) or null
+  const void *ln_weight, *ln_bias;        // (G * H,), or both null: no layer norm of weight_hh h
+  const void *ln_c_weight, *ln_c_bias;    // (H,), or both null: no layer norm of the lstm's cell
+  const void *h0, *c0;                    // (B, H) or null
+  const uint8_t* reset;                   // (T, B) or null
+  int64_t reset_stride_t, reset_stride_b;
+  const int64_t* lengths;                 // (B,) or null
+  bool reverse;
+  double zoneout_h, zoneout_c;            // the share of the state before that stays, where there is no mask
+  const uint8_t *keep_h, *keep_c;         // (T, B, H): where the state before stays; or null
+  int64_t keep_h_stride_t, keep_h_stride_b, keep_c_stride_t, keep_c_stride_b;
+  int threads;
+};
+
+// What is kept for the backward, each null where it is not: gates (T, B, 4 H) i f g o of the lstm and r z n q_n of the
+// gru, (T, B, 3 H) r z n of gru_before, (T, B, H) n of the rnn; cells (T, B, H), the lstm's c; normed (T, B, G * H) and
+// rstd (T, B), the layer norm of weight_hh h before its weight and bias.
+struct GatedForward : Gated {
+  Sequence x;         // (T, B, G * H), the projected input
+  Sequence output;
+  void *h_n, *c_n;    // (B, H); they hold the states while the kernel runs
+  void *gates, *cells, *normed, *rstd;
+};
+
+struct GatedBackward : Gated {
+  Sequence grad_output, output, grad_x;
+  const void *grad_h_n, *grad_c_n;                     // (B, H) or null
+  const void *gates, *cells, *normed, *rstd;           // gates may be null for an rnn whose n is output
+  void* grad_r;  // (T, B, G * H) scratch for dL/d(weight_hh h); null: it is grad_x (rnn and lstm, no layer norm, S = R)
+  double grad_clip;                                    // infinity: no clipping
+  void *grad_h0, *grad_c0;                             // these and the rest: null where they are not wanted
+  void *grad_weight_hh, *grad_bias_hh, *grad_ln_weight, *grad_ln_bias, *grad_ln_c_weight, *grad_ln_c_bias;
+};
+
 #define RECATTN_DECLARE(isa)                      \
   namespace isa {                                 \
   void indrnn_forward(const IndrnnForward& p);    \
   void indrnn_backward(const IndrnnBackward& p);  \
   void gemm(const Gemm& p);                       \
   void column_sum(const ColumnSum& p);            \
+  void gated_forward(const GatedForward& p);      \
+  void gated_backward(const GatedBackward& p);    \
   }
 
 RECATTN_DECLARE(isa_base)

@@ -19,10 +19,13 @@ struct Isa {
   void (*indrnn_backward)(const IndrnnBackward&);
   void (*gemm)(const Gemm&);
   void (*column_sum)(const ColumnSum&);
+  void (*gated_forward)(const GatedForward&);
+  void (*gated_backward)(const GatedBackward&);
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
 int test_gemm(const std::vector<Isa>& isas);
+int test_gated(const std::vector<Isa>& isas);
 
 namespace {
 

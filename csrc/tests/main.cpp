@@ -19,8 +19,9 @@ using namespace recattn;
 
 int main() {
   // The conditions are those of csrc/cpu/bindings.cpp.
-#define RECATTN_ISA_ROW(ns, supported, needs) \
-  {#ns, bool(supported), needs, ns::test_cells, ns::indrnn_forward, ns::indrnn_backward, ns::gemm, ns::column_sum}
+#define RECATTN_ISA_ROW(ns, supported, needs)                                                                          \
+  {#ns,      bool(supported), needs,          ns::test_cells, ns::indrnn_forward, ns::indrnn_backward, \
+   ns::gemm, ns::column_sum,  ns::gated_forward, ns::gated_backward}
   const Isa table[] = {
       RECATTN_ISA_ROW(isa_base, true, ""),
 #ifdef __x86_64__
@@ -48,5 +49,6 @@ int main() {
   }
   failed += test_indrnn(isas);
   failed += test_gemm(isas);
+  failed += test_gated(isas);
   return failed != 0;
 }

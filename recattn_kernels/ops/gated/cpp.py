@@ -25,7 +25,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
     holds, common = _common(call, dtype)
     _cpu().gated_forward(
-        *common, strided(x, call.time), strided(output, call.time), pointer(h), _some(c), tuple(map(_some, kept))
+        common, strided(x, call.time), strided(output, call.time), pointer(h), _some(c), tuple(map(_some, kept))
     )
     del holds
     return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
@@ -46,7 +46,7 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
     holds, common = _common(call, dtype)
     _cpu().gated_backward(
-        *common, math.inf if call.grad_clip is None else call.grad_clip,
+        common, math.inf if call.grad_clip is None else call.grad_clip,
         strided(dy, time), strided(output, time), pointer(dh_n), pointer(dc_n), tuple(map(_some, kept)),
         strided(dx, time), pointer(dr), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
     )  # fmt: skip

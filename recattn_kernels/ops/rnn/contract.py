@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from recattn_kernels import backends
+from recattn_kernels.ops.gated.contract import cpp_refusal
 
-BACKENDS: backends.Table = {}
+BACKENDS: backends.Table = {"cpp": cpp_refusal}

@@ -1,0 +1,452 @@
+// The backward of rnn, lstm and gru on the CPU. From the last step to the first, with flow = what later steps give:
+//   dh = clip(dy + flow);  dgates = d(gates) * dh;  dx = dgates;  flow = weight_hh^T dgates + what goes past the gates
+//
+// dgates of a step are computed from the tile of the product with those of the step after, unit by unit, so that threads
+// meet once a step. A layer norm needs whole rows: then they meet in between. The gradient of the weights is one product
+// over all steps, after the scan.
+#include "gated_weights.h"
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+// dn = dh * act'(n)
+template <Cell C, class R>
+RECATTN_FN void rnn_row(const R* __restrict n, const R* __restrict dh, R* __restrict dq, int64_t size) {
+  constexpr Activation A = C == Cell::rnn_relu ? Activation::relu : Activation::tanh;
+  for (int64_t i = 0; i < size; ++i) dq[i] = dh[i] * derivative<A>(n[i], R(0));
+}
+
+// From dh, dc = dL/dc' and squashed = tanh(c'). stays: what zoneout gives c[t-1]; flow_c: all that goes there.
+template <class R>
+RECATTN_FN void lstm_row(const R* gates, const R* c, const R* squashed, const R* dh, const R* dc, const R* stays,
+                         R* flow_c, R* dq, int64_t H, int64_t n) {
+  RECATTN_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const LstmGates<R> a = {gates[i], gates[H + i], gates[2 * H + i], gates[3 * H + i]};
+    const LstmGates<R> d = lstm_backward(a, c[i], squashed[i], dc[i], dh[i]);
+    dq[i] = d.i;
+    dq[H + i] = d.f;
+    dq[2 * H + i] = d.g;
+    dq[3 * H + i] = d.o;
+    flow_c[i] = stays[i] + dc[i] * a.f;
+  }
+}
+
+// dx: of x, whose third part is dn; dq: of q, whose third part is r * dn. stays: what zoneout gives h[t-1], and then
+// also what comes to it through z.
+template <class R>
+RECATTN_FN void gru_row(const R* gates, const R* h, const R* dh, R* stays, R* dx_n, R* dq, int64_t H, int64_t n) {
+  RECATTN_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const R r = gates[i], z = gates[H + i], candidate = gates[2 * H + i], q_n = gates[3 * H + i];
+    const R dn = gru_backward_n(z, candidate, dh[i]);
+    dq[i] = dn * q_n * sigmoid_slope(r);
+    dq[H + i] = gru_backward_z(z, candidate, h[i], dh[i]);
+    dq[2 * H + i] = dn * r;
+    dx_n[i] = dn;
+    stays[i] += z * dh[i];
+  }
+}
+
+template <Cell C, class R>
+class Backward {
+  static constexpr int G = gates_of(C), KEPT = kept_of(C);
+  static constexpr bool BEFORE = C == Cell::gru_before, LSTM = C == Cell::lstm;
+  using Weights = Panels<1, R>;
+  static constexpr int64_t GROUPS = 16, DIRECT_ROWS = 4, BUFFERS = 6;
+
+ public:
+  explicit Backward(const GatedBackward& p)
+      : p(p), threads(threads_for(p)), by_rows(p.ln_weight || p.ln_c_weight),
+        width(by_rows ? ceil_div(p.H, 64) * 64 : Weights::UNITS), K(BEFORE ? 2 * p.H : G * p.H),
+        direct(p.T * p.B <= DIRECT_ROWS && p.H % Weights::UNITS == 0), groups(least(GROUPS, p.B)),
+        weight_size(direct ? 0 : Weights::size(K, p.H)), second_size(direct || !BEFORE ? 0 : Weights::size(p.H, p.H)),
+        sums_size(by_rows ? 2 * (G + 1) * p.H : 0), local_size(Workspace::bytes<R>(BUFFERS * width) / sizeof(R)),
+        apart(rows_apart(p, (weight_size + second_size) * sizeof(R), threads)),
+        memory(Workspace::bytes<R>(weight_size) + Workspace::bytes<R>(second_size) + Workspace::bytes<R>(p.H) +
+               2 * Workspace::bytes<R>(p.B * p.H) + Workspace::bytes<double>(groups * sums_size) +
+               threads * Workspace::bytes<R>(local_size)),
+        packed(memory.template take<R>(weight_size)), packed_second(memory.template take<R>(second_size)),
+        zeros(memory.template take<R>(p.H)), flow_h(own(p.grad_h0, p.B * p.H)), flow_c(own(p.grad_c0, p.B * p.H)),
+        sums(memory.template take<double>(groups * sums_size)), scratch(memory.template take<R>(threads * local_size)),
+        grad_q(p.grad_r ? Sequence{p.grad_r, p.B * G * p.H, G * p.H} : p.grad_x), clip(R(p.grad_clip)),
+        split_h(zoneout_h(p)), split_c(zoneout_c(p)) {
+    memset(zeros, 0, p.H * sizeof(R));
+    const R* w = static_cast<const R*>(p.weight_hh);
+    first = columns(direct ? w : packed, K);
+    second = columns(direct ? w + 2 * p.H * p.H : packed_second, p.H);
+  }
+
+  void run() {
+    if (p.B > 0) on_threads(threads, [this](int64_t thread, int64_t count) { scan(thread, count); });
+    if (by_rows) reduce_sums();
+    // With a layer norm, bias_hh is added after it: its gradient is that of the layer norm's bias.
+    R* grad_bias = by_rows ? nullptr : static_cast<R*>(p.grad_bias_hh);
+    R* grad_weight = static_cast<R*>(p.grad_weight_hh);
+    if (!grad_weight && !grad_bias) return;
+    if constexpr (BEFORE) {
+      R* weight_n = grad_weight ? grad_weight + 2 * p.H * p.H : nullptr;
+      weight_product(0, 2 * p.H, false, grad_weight, grad_bias);
+      weight_product(2 * p.H, p.H, true, weight_n, grad_bias ? grad_bias + 2 * p.H : nullptr);
+    } else {
+      weight_product(0, G * p.H, false, grad_weight, grad_bias);
+    }
+  }
+
+ private:
+  R* own(void* wanted, int64_t n) { return wanted ? static_cast<R*>(wanted) : memory.template take<R>(n); }
+
+  Weights columns(const R* weights, int64_t rows) const {
+    return {weights, rows, p.H, direct ? p.H : Weights::UNITS, direct ? Weights::UNITS : rows * Weights::UNITS};
+  }
+
+  void scan(int64_t thread, int64_t count) {
+    R* const local = scratch + thread * local_size;
+    // Sums over rows are those of whole groups of rows, so that they do not depend on the number of threads.
+    const auto rows = [&](int64_t i) {
+      return by_rows ? part(p.B, part(groups, i, count), groups) : rows_from(p, i, count);
+    };
+    const int64_t b0 = rows(thread), b1 = rows(thread + 1);
+    for (int64_t b = b0; b < b1; ++b) start_row(b);
+    for (int64_t i = part(groups, thread, count) * sums_size; i < part(groups, thread + 1, count) * sums_size; ++i) {
+      sums[i] = 0;
+    }
+    const int64_t panel0 = part(first.count(), thread, count), panel1 = part(first.count(), thread + 1, count);
+    if (!direct) {
+      const R* w = static_cast<const R*>(p.weight_hh);
+      Weights::pack_columns(w, K, p.H, packed, panel0, panel1);
+      if (BEFORE) Weights::pack_columns(w + 2 * p.H * p.H, p.H, p.H, packed_second, panel0, panel1);
+    }
+    barrier();
+    const Share share = apart ? Share{b0, b1, 0, first.count()} : Share{0, p.B, panel0, panel1};
+    for (int64_t step = 0; step < p.T; ++step) {
+      const int64_t t = p.reverse ? step : p.T - 1 - step;
+      product<Phase::later>(first, t, share, local);
+      if constexpr (BEFORE) {
+        if (!apart) barrier();
+        product<Phase::reset>(second, t, share, local);
+      }
+      if (by_rows) {
+        if (!apart) barrier();
+        for (int64_t b = b0; b < b1; ++b) {
+          if (t < steps_of(p, b)) whole_row(t, b, local);
+        }
+      }
+      if (!apart) barrier();
+    }
+    if (p.grad_h0) product<Phase::start>(first, 0, share, local);
+  }
+
+  // The gradients past the row's length, and those that come from the states after the last step.
+  void start_row(int64_t b) {
+    for (int64_t t = steps_of(p, b); t < p.T; ++t) {
+      memset(place(p.grad_x, p.dtype, t, b), 0, G * p.H * size_of(p.dtype));
+    }
+    const R *h = static_cast<const R*>(p.grad_h_n), *c = static_cast<const R*>(p.grad_c_n);
+    copy_or_zero(flow_h + b * p.H, h ? h + b * p.H : nullptr, p.H);
+    if (LSTM) copy_or_zero(flow_c + b * p.H, c ? c + b * p.H : nullptr, p.H);
+  }
+
+  R* dq(int64_t t, int64_t b) const {
+    return static_cast<R*>(grad_q.data) + t * grad_q.stride_t + b * grad_q.stride_b;
+  }
+
+  // later: with dq of the step after t; start: with dq of the first step; reset: gru_before's, with dn of step t.
+  enum class Phase { later, start, reset };
+
+  // The row of gradients that reach h at time t through the product; null where nothing does.
+  template <Phase WHICH>
+  const R* source(int64_t t, int64_t b) const {
+    if (WHICH == Phase::reset) return dq(t, b) + 2 * p.H;
+    const int64_t steps = steps_of(p, b);
+    if (WHICH == Phase::start) {
+      t = p.reverse ? steps - 1 : 0;
+      return steps > 0 && !resets(p, t, b) ? dq(t, b) : nullptr;
+    }
+    const int64_t later = p.reverse ? t - 1 : t + 1;
+    return later >= 0 && later < steps && !resets(p, later, b) ? dq(later, b) : nullptr;
+  }
+
+  template <Phase WHICH>
+  void product(const Weights& weights, int64_t t, const Share& share, R* local) {
+    constexpr int MOST = Weights::MOST_ROWS;
+    alignas(64) R result[MOST * Weights::WIDTH];
+    const R* rows[MOST];
+    int64_t b_of[MOST], at[MOST], b = share.b0;
+    while (b < share.b1) {
+      int64_t n = 0, sources = 0;
+      for (; b < share.b1 && n < MOST; ++b) {
+        if (WHICH != Phase::start && t >= steps_of(p, b)) continue;
+        const R* row = source<WHICH>(t, b);
+        if (row) rows[sources] = row;
+        at[n] = row ? sources++ : -1;
+        b_of[n++] = b;
+      }
+      for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
+        const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
+        if (!by_rows && WHICH == Phase::later) {
+          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
+        }
+        if (sources > 0) weights.product(rows, sources, i, result);
+        for (int64_t r = 0; r < n; ++r) {
+          const R* sum = at[r] < 0 ? nullptr : result + at[r] * Weights::WIDTH;
+          if (units == Weights::UNITS) {
+            finish<WHICH>(t, b_of[r], j, Weights::UNITS, sum, local);
+          } else {
+            finish<WHICH>(t, b_of[r], j, units, sum, local);
+          }
+        }
+      }
+    }
+  }
+
+  void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
+    if (p.gates) {
+      for (int g = 0; g < KEPT; ++g) fetch<0>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
+    }
+    if (LSTM) fetch<0>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
+    if (p.grad_output.data) fetch<0>(place(p.grad_output, p.dtype, t, b, j), n * size_of(p.dtype));
+    for (int g = 0; g < G; ++g) {
+      fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
+      if (p.grad_r) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
+    }
+  }
+
+  const R* kept(const void* tensor, int64_t values, int64_t t, int64_t b) const {
+    return static_cast<const R*>(tensor) + (t * p.B + b) * values * p.H;
+  }
+
+  // h[t-1], in R. At the first step and after a reset it is no row of output.
+  RECATTN_FN const R* h_before(int64_t t, int64_t b, int64_t j, int64_t n, R* buffer) const {
+    if (resets(p, t, b)) return zeros + j;
+    if (taken_before(p, t, b) == 0) return p.h0 ? static_cast<const R*>(p.h0) + b * p.H + j : zeros + j;
+    return widened(p.dtype, place(p.output, p.dtype, p.reverse ? t + 1 : t - 1, b, j), buffer, n);
+  }
+  const R* c_before(int64_t t, int64_t b, int64_t j) const {
+    if (resets(p, t, b)) return zeros + j;
+    if (taken_before(p, t, b) == 0) return p.c0 ? static_cast<const R*>(p.c0) + b * p.H + j : zeros + j;
+    return kept(p.cells, 1, p.reverse ? t + 1 : t - 1, b) + j;
+  }
+
+  template <Phase WHICH>
+  RECATTN_FN void finish(int64_t t, int64_t b, int64_t j, int64_t n, const R* sum, R* local) {
+    R* flow = flow_h + b * p.H + j;
+    if constexpr (WHICH == Phase::reset) {
+      if constexpr (BEFORE) reset_gate(t, b, j, n, sum, local);
+    } else {
+      if (sum) {
+        RECATTN_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) flow[i] += sum[i];
+      }
+      if (WHICH == Phase::later && !by_rows) cell(t, b, j, n, local);
+    }
+  }
+
+  // Units j to j + n of a step: dq, dx, and in flow_h and flow_c what goes past the product to the step before.
+  RECATTN_FN void cell(int64_t t, int64_t b, int64_t j, int64_t n, R* local) {
+    R *dh = local, *flow = flow_h + b * p.H + j, *to = dq(t, b) + j;
+    const R* gates = p.gates ? kept(p.gates, KEPT, t, b) + j : nullptr;
+    arrive(t, b, j, n, flow, dh, local + width);
+    split_h.split(t, b, j, dh, flow, n);
+    if constexpr (C == Cell::rnn_tanh || C == Cell::rnn_relu) {
+      rnn_row<C>(gates ? gates : widened(p.dtype, place(p.output, p.dtype, t, b, j), local + width, n), dh, to, n);
+    } else if constexpr (LSTM) {
+      R *dc = local + width, *stays = local + 2 * width, *squashed = local + 3 * width, *flow_to = flow_c + b * p.H + j;
+      const R* c = c_before(t, b, j);
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) dc[i] = clamp_symmetric(flow_to[i], clip);
+      split_c.split(t, b, j, dc, stays, n);
+      squash(b, n, gates, c, dh, dc, squashed, local + 4 * width);
+      lstm_row(gates, c, squashed, dh, dc, stays, flow_to, to, p.H, n);
+      if (resets(p, t, b)) memset(flow_to, 0, n * sizeof(R));
+    } else if constexpr (C == Cell::gru) {
+      R* dn = local + 2 * width;
+      gru_row(gates, h_before(t, b, j, n, local + width), dh, flow, dn, to, p.H, n);
+      narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, 2 * p.H + j), dn, n);
+    } else {
+      before_gates(gates, h_before(t, b, j, n, local + width), dh, flow, to, n);
+    }
+    if (p.grad_r) {
+      for (int g = 0; g < (G == 3 ? 2 : G); ++g) {
+        if (BEFORE && g == 0) continue;  // reset_gate()
+        narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, g * p.H + j), to + g * p.H, n);
+      }
+      if (BEFORE) narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, 2 * p.H + j), to + 2 * p.H, n);
+    }
+    // gru_before still adds to it in reset_gate().
+    if (!BEFORE && resets(p, t, b)) memset(flow, 0, n * sizeof(R));
+  }
+
+  // dh = clip(dy + flow)
+  RECATTN_FN void arrive(int64_t t, int64_t b, int64_t j, int64_t n, const R* flow, R* dh, R* buffer) const {
+    if (p.grad_output.data) {
+      const R* dy = widened(p.dtype, place(p.grad_output, p.dtype, t, b, j), buffer, n);
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) dh[i] = clamp_symmetric(dy[i] + flow[i], clip);
+    } else {
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) dh[i] = clamp_symmetric(flow[i], clip);
+    }
+  }
+
+  // h = o * tanh(c'), c' = f * c + i * g: squashed = tanh(c'), and dc gets its share. With layer norm, tanh(LN(c')).
+  RECATTN_FN void squash(int64_t b, int64_t n, const R* gates, const R* c, const R* dh, R* dc, R* squashed,
+                         R* buffer) const {
+    const int64_t H = p.H;
+    const R *input = gates, *forget = gates + H, *g = gates + 2 * H, *o = gates + 3 * H;
+    if (!p.ln_c_weight) {
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        squashed[i] = tanh_(forget[i] * c[i] + input[i] * g[i]);
+        dc[i] += dh[i] * o[i] * tanh_slope(squashed[i]);
+      }
+      return;
+    }
+    const R *weight = static_cast<const R*>(p.ln_c_weight), *ln_bias = static_cast<const R*>(p.ln_c_bias);
+    R *normed = buffer, *grad = buffer + width;
+    double *grad_weight = sums_of(b) + 2 * G * H, *grad_bias = grad_weight + H;
+    RECATTN_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) normed[i] = forget[i] * c[i] + input[i] * g[i];
+    const R rstd = normalise(normed, normed, n);
+    RECATTN_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      squashed[i] = tanh_(normed[i] * weight[i] + ln_bias[i]);
+      grad[i] = dh[i] * o[i] * tanh_slope(squashed[i]);
+    }
+    add_sums(grad, normed, grad_weight, grad_bias, n);
+    for (int64_t i = 0; i < n; ++i) grad[i] *= weight[i];
+    normalise_backward(grad, normed, rstd, n);
+    for (int64_t i = 0; i < n; ++i) dc[i] += grad[i];
+  }
+
+  // gru_before: dz and dn, before anything is known of dr.
+  RECATTN_FN void before_gates(const R* gates, const R* h, const R* dh, R* stays, R* to, int64_t n) const {
+    const int64_t H = p.H;
+    RECATTN_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      const R z = gates[H + i], candidate = gates[2 * H + i];
+      to[H + i] = gru_backward_z(z, candidate, h[i], dh[i]);
+      to[2 * H + i] = gru_backward_n(z, candidate, dh[i]);
+      stays[i] += z * dh[i];
+    }
+  }
+
+  // gru_before: sum = weight_hn^T dn, the gradient of r * h.
+  RECATTN_FN void reset_gate(int64_t t, int64_t b, int64_t j, int64_t n, const R* sum, R* local) {
+    const R *r = kept(p.gates, KEPT, t, b) + j, *h = h_before(t, b, j, n, local);
+    R *to = dq(t, b) + j, *flow = flow_h + b * p.H + j;
+    RECATTN_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = sum[i] * h[i] * sigmoid_slope(r[i]);
+      flow[i] += sum[i] * r[i];
+    }
+    narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, j), to, n);
+    if (resets(p, t, b)) memset(flow, 0, n * sizeof(R));
+  }
+
+  // The sums over the steps and rows of b's group: dL/dln_weight, dL/dln_bias, then those of the cell's layer norm.
+  double* sums_of(int64_t b) const {
+    int64_t group = b * groups / p.B;
+    while (b >= part(p.B, group + 1, groups)) ++group;
+    return sums + group * sums_size;
+  }
+
+  static void add_sums(const R* __restrict grad, const R* __restrict normed, double* __restrict weight,
+                       double* __restrict bias, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (normed) weight[i] += double(grad[i] * normed[i]);
+      bias[i] += double(grad[i]);
+    }
+  }
+
+  // A step of a whole row, and the layer norm's backward.
+  void whole_row(int64_t t, int64_t b, R* local) {
+    if constexpr (!BEFORE) {
+      cell(t, b, 0, p.H, local);
+      R* grad = dq(t, b);
+      const R* normed = p.ln_weight ? kept(p.normed, G, t, b) : nullptr;
+      add_sums(grad, normed, sums_of(b), sums_of(b) + G * p.H, G * p.H);
+      if (!p.ln_weight) return;
+      const R* weight = static_cast<const R*>(p.ln_weight);
+      for (int64_t i = 0; i < G * p.H; ++i) grad[i] *= weight[i];
+      normalise_backward(grad, normed, static_cast<const R*>(p.rstd)[t * p.B + b], G * p.H);
+    }
+  }
+
+  void reduce_sums() const {
+    const auto reduce = [&](int64_t offset, int64_t n, void* to) {
+      for (int64_t i = 0; i < n && to; ++i) {
+        double sum = 0;
+        for (int64_t group = 0; group < groups; ++group) sum += sums[group * sums_size + offset + i];
+        static_cast<R*>(to)[i] = R(sum);
+      }
+    };
+    reduce(0, G * p.H, p.grad_ln_weight);
+    reduce(G * p.H, G * p.H, p.grad_ln_bias);
+    reduce(G * p.H, G * p.H, p.grad_bias_hh);
+    reduce(2 * G * p.H, p.H, p.grad_ln_c_weight);
+    reduce((2 * G + 1) * p.H, p.H, p.grad_ln_c_bias);
+  }
+
+  // Every step of every row in order, for WeightProduct: columns `from` on of dq beside h[t-1], or r * h[t-1].
+  struct Terms {
+    const Backward& own;
+    int64_t from;
+    bool times_r;
+
+    struct Position {
+      int64_t t = 0, b = 0;
+    };
+    bool next(Position& at, Term<R>& term) const {
+      const GatedBackward& p = own.p;
+      for (; at.t < p.T; ++at.t, at.b = 0) {
+        while (at.b < p.B && at.t >= steps_of(p, at.b)) ++at.b;
+        if (at.b == p.B) continue;
+        const int64_t t = at.t, b = at.b++;
+        const bool reset = resets(p, t, b), first = taken_before(p, t, b) == 0;
+        term.grad = own.dq(t, b) + from;
+        term.times = times_r ? own.kept(p.gates, KEPT, t, b) : nullptr;
+        term.wide = reset || first;
+        if (!term.wide) {
+          term.state = place(p.output, p.dtype, p.reverse ? t + 1 : t - 1, b);
+        } else {
+          term.state = !reset && p.h0 ? static_cast<const R*>(p.h0) + b * p.H : own.zeros;
+        }
+        return true;
+      }
+      return false;
+    }
+  };
+
+  void weight_product(int64_t from, int64_t M, bool times_r, R* weight, R* bias) {
+    const Terms terms = {*this, from, times_r};
+    WeightProduct<R, Terms>(terms, p.dtype, M, p.H, weight, bias, threads).run();
+  }
+
+  const GatedBackward& p;
+  const int threads;
+  const bool by_rows;  // whole rows of gates, as layer norm needs
+  const int64_t width, K;
+  const bool direct;   // without packing
+  const int64_t groups, weight_size, second_size, sums_size, local_size;
+  const bool apart;
+  Workspace memory;
+  R *const packed, *const packed_second, *const zeros, *const flow_h, *const flow_c;
+  double* const sums;
+  R* const scratch;
+  const Sequence grad_q;
+  const R clip;
+  const Zoneout split_h, split_c;
+  Weights first, second;
+};
+
+}  // namespace
+
+void gated_backward(const GatedBackward& p) {
+  if (p.H == 0) return;
+  by_cell(p, [&]<Cell C, class R>() { Backward<C, R>(p).run(); });
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn

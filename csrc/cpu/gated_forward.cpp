@@ -1,0 +1,384 @@
+// The forward of rnn, lstm and gru on the CPU. Per step and row, with q = weight_hh h + bias_hh:
+//   rnn:  h = act(x + q)
+//   lstm: i, f, o = sigmoid(x + q), g = tanh(x + q);  c = f * c + i * g;  h = o * tanh(c)
+//   gru:  r, z = sigmoid(x + q), n = tanh(x_n + r * q_n);  h = (1 - z) * n + z * h
+//
+// A tile of the product holds every gate of its units: the gates are computed from it while it is in the first-level
+// cache, and no tensor of gates is passed over. A layer norm needs a row's whole product before any gate, and so few
+// rows that packing the weights would not pay are products of their own: there the product goes to memory first.
+#include "gated.h"
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+template <Cell C, class R>
+RECATTN_FN void rnn_row(const R* __restrict x, const R* __restrict q, const R* __restrict bias, R* __restrict h,
+                        int64_t n) {
+  constexpr Activation A = C == Cell::rnn_relu ? Activation::relu : Activation::tanh;
+  for (int64_t i = 0; i < n; ++i) h[i] = activate<A>(x[i] + (q[i] + bias[i]), R(0));
+}
+
+// The gates, and c' before any zoneout. Strides: from one gate to the next.
+template <class R>
+RECATTN_FN void lstm_row(const R* const* x, const R* q, int64_t q_stride, const R* bias, int64_t bias_stride,
+                         const R* c, R* const* gates, R* c_new, int64_t n) {
+  const R *xi = x[0], *xf = x[1], *xg = x[2], *xo = x[3];
+  R *gi = gates[0], *gf = gates[1], *gg = gates[2], *go = gates[3];
+  RECATTN_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const LstmGates<R> a = lstm_gates(xi[i] + (q[i] + bias[i]), xf[i] + (q[q_stride + i] + bias[bias_stride + i]),
+                                      xg[i] + (q[2 * q_stride + i] + bias[2 * bias_stride + i]),
+                                      xo[i] + (q[3 * q_stride + i] + bias[3 * bias_stride + i]));
+    gi[i] = a.i;
+    gf[i] = a.f;
+    gg[i] = a.g;
+    go[i] = a.o;
+    c_new[i] = lstm_cell(a, c[i]);
+  }
+}
+
+template <class R>
+RECATTN_FN void gru_row(const R* const* x, const R* q, int64_t q_stride, const R* bias, int64_t bias_stride,
+                        const R* h, R* const* gates, R* h_new, int64_t n) {
+  const R *xr = x[0], *xz = x[1], *xn = x[2];
+  R *gr = gates[0], *gz = gates[1], *gn = gates[2], *gq = gates[3];
+  RECATTN_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const R r = sigmoid(xr[i] + (q[i] + bias[i]));
+    const R z = sigmoid(xz[i] + (q[q_stride + i] + bias[bias_stride + i]));
+    const R q_n = q[2 * q_stride + i] + bias[2 * bias_stride + i];
+    const R candidate = tanh_(xn[i] + r * q_n);
+    gr[i] = r;
+    gz[i] = z;
+    gn[i] = candidate;
+    gq[i] = q_n;
+    h_new[i] = gru_state(z, candidate, h[i]);
+  }
+}
+
+template <Cell C, class R>
+class Forward {
+  static constexpr int G = gates_of(C), KEPT = kept_of(C);
+  static constexpr bool BEFORE = C == Cell::gru_before;
+  using First = Panels<BEFORE ? 2 : G, R>;  // the product of h
+  using Second = Panels<1, R>;              // gru_before: that of r * h
+  static constexpr int64_t DIRECT_ROWS = 4;
+
+ public:
+  explicit Forward(const GatedForward& p)
+      : p(p), threads(threads_for(p)), direct(!BEFORE && p.T * p.B <= DIRECT_ROWS),
+        by_rows(direct || p.ln_weight || p.ln_c_weight), width(by_rows ? ceil_div(p.H, 64) * 64 : 4 * LANES<R>),
+        weight_size(direct ? 0 : First::size(p.H, p.H)), second_size(BEFORE ? Second::size(p.H, p.H) : 0),
+        apart(!direct && rows_apart(p, (weight_size + second_size) * sizeof(R), threads)),
+        memory(Workspace::bytes<R>(weight_size) + Workspace::bytes<R>(second_size) + Workspace::bytes<R>(p.H) +
+               Workspace::bytes<R>(G * p.H) + Workspace::bytes<R>(p.B * p.H) +
+               Workspace::bytes<R>(by_rows ? p.B * G * p.H : 0) + Workspace::bytes<R>(BEFORE ? 3 * p.B * p.H : 0) +
+               threads * Workspace::bytes<R>((G + KEPT + 1) * width)),
+        packed(memory.template take<R>(weight_size)), packed_second(memory.template take<R>(second_size)),
+        zeros(memory.template take<R>(p.H)), bias(memory.template take<R>(G * p.H)),
+        other_h(memory.template take<R>(p.B * p.H)), products(memory.template take<R>(by_rows ? p.B * G * p.H : 0)),
+        gates_before(memory.template take<R>(BEFORE ? 2 * p.B * p.H : 0)),
+        reset_h(memory.template take<R>(BEFORE ? p.B * p.H : 0)),
+        scratch(memory.template take<R>(threads * (Workspace::bytes<R>((G + KEPT + 1) * width) / sizeof(R)))),
+        mix_h(zoneout_h(p)), mix_c(zoneout_c(p)) {
+    memset(zeros, 0, p.H * sizeof(R));
+    copy_or_zero(bias, static_cast<const R*>(p.bias_hh), G * p.H);
+    first = {packed, p.H, p.H, First::WIDTH, p.H * First::WIDTH};
+    second = {packed_second, p.H, p.H, Second::WIDTH, p.H * Second::WIDTH};
+  }
+
+  void run() {
+    on_threads(threads, [this](int64_t thread, int64_t count) { run(thread, count); });
+  }
+
+ private:
+  void run(int64_t thread, int64_t count) {
+    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R)))};
+    const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
+    for (int64_t b = b0; b < b1; ++b) start_row(b);
+    if (!direct) {
+      const R* w = static_cast<const R*>(p.weight_hh);
+      First::pack_rows(w, p.H, p.H, packed, part(first.count(), thread, count), part(first.count(), thread + 1, count),
+                       zeros);
+      if constexpr (BEFORE) {
+        Second::pack_rows(w + 2 * p.H * p.H, p.H, p.H, packed_second, part(second.count(), thread, count),
+                          part(second.count(), thread + 1, count), zeros);
+      }
+    }
+    barrier();
+    Share share = {0, p.B, part(first.count(), thread, count), part(first.count(), thread + 1, count)};
+    Share share2 = {0, p.B, part(second.count(), thread, count), part(second.count(), thread + 1, count)};
+    if (apart) share = {b0, b1, 0, first.count()}, share2 = {b0, b1, 0, second.count()};
+    for (int64_t step = 0; step < p.T; ++step) {
+      const int64_t t = p.reverse ? p.T - 1 - step : step;
+      if (direct) {
+        dots(t, part(G * p.H, thread, count), part(G * p.H, thread + 1, count));
+      } else {
+        product<false>(first, t, share, local);
+      }
+      if constexpr (BEFORE) {
+        if (!apart) barrier();
+        product<true>(second, t, share2, local);
+      }
+      if (by_rows) {
+        if (!apart) barrier();
+        for (int64_t b = b0; b < b1; ++b) {
+          if (t < steps_of(p, b)) whole_row(t, b, local);
+        }
+      }
+      if (!apart) barrier();
+    }
+  }
+
+  struct Local {
+    R* memory;  // (G + KEPT + 1) rows of `width`
+  };
+
+  // The outputs past the row's length, and the states of a row that takes no step.
+  void start_row(int64_t b) {
+    const int64_t steps = steps_of(p, b);
+    for (int64_t t = steps; t < p.T; ++t) memset(place(p.output, p.dtype, t, b), 0, p.H * size_of(p.dtype));
+    if (steps > 0) return;
+    copy_or_zero(static_cast<R*>(p.h_n) + b * p.H, initial(p.h0, b), p.H);
+    if (C == Cell::lstm) copy_or_zero(static_cast<R*>(p.c_n) + b * p.H, initial(p.c0, b), p.H);
+  }
+
+  const R* initial(const void* state, int64_t b) const {
+    return state ? static_cast<const R*>(state) + b * p.H : nullptr;
+  }
+
+  // A row's states lie in h_n and other_h in turn, the last one in h_n.
+  R* state_after(int64_t step, int64_t b) const {
+    return ((steps_of(p, b) - 1 - step) % 2 == 0 ? static_cast<R*>(p.h_n) : other_h) + b * p.H;
+  }
+  const R* h_before(int64_t t, int64_t b) const {
+    const int64_t step = taken_before(p, t, b);
+    if (resets(p, t, b) || (step == 0 && !p.h0)) return zeros;
+    return step == 0 ? initial(p.h0, b) : state_after(step - 1, b);
+  }
+  const R* c_before(int64_t t, int64_t b) const {
+    const bool at_start = taken_before(p, t, b) == 0;
+    if (resets(p, t, b) || (at_start && !p.c0)) return zeros;
+    return at_start ? initial(p.c0, b) : static_cast<const R*>(p.c_n) + b * p.H;
+  }
+
+  template <bool SECOND, class Weights>
+  void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
+    constexpr int MOST = Weights::MOST_ROWS;
+    alignas(64) R sums[MOST * Weights::WIDTH];
+    const R* rows[MOST];
+    int64_t b_of[MOST], b = share.b0;
+    while (b < share.b1) {
+      int64_t n = 0;
+      for (; b < share.b1 && n < MOST; ++b) {
+        if (t >= steps_of(p, b)) continue;
+        rows[n] = SECOND ? reset_h + b * p.H : h_before(t, b);
+        b_of[n++] = b;
+      }
+      for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
+        const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
+        if (!by_rows) {
+          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
+        }
+        weights.product(rows, n, i, sums);
+        for (int64_t r = 0; r < n; ++r) {
+          const R* q = sums + r * Weights::WIDTH;
+          if (units == Weights::UNITS) {
+            finish<SECOND>(t, b_of[r], j, Weights::UNITS, q, Weights::UNITS, local);
+          } else {
+            finish<SECOND>(t, b_of[r], j, units, q, Weights::UNITS, local);
+          }
+        }
+      }
+    }
+  }
+
+  // Memory that a row's gates are computed from and stored to, on its way while the product is computed.
+  void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
+    for (int g = 0; g < G; ++g) fetch<0>(place(p.x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
+    if (p.gates) {
+      for (int g = 0; g < KEPT; ++g) fetch<1>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
+    }
+    if (p.cells) fetch<1>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
+    fetch<1>(place(p.output, p.dtype, t, b, j), n * size_of(p.dtype));
+  }
+
+  R* kept(void* tensor, int64_t values, int64_t t, int64_t b) const {
+    return static_cast<R*>(tensor) + (t * p.B + b) * values * p.H;
+  }
+
+  // q[gate * stride + i]: units j to j + n of weight_hh h.
+  template <bool SECOND>
+  RECATTN_FN void finish(int64_t t, int64_t b, int64_t j, int64_t n, const R* q, int64_t stride, const Local& local) {
+    if constexpr (BEFORE) {
+      SECOND ? second_gate(t, b, j, n, q, local) : first_gates(t, b, j, n, q, stride, local);
+    } else if (by_rows) {
+      for (int g = 0; g < G; ++g) memcpy(products + (b * G + g) * p.H + j, q + g * stride, n * sizeof(R));
+    } else {
+      cell(t, b, j, n, q, stride, local);
+    }
+  }
+
+  // q = weight_hh h without packing: a row of the weights times a row of the states, for rows begin to end of them.
+  void dots(int64_t t, int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end;) {
+      const int64_t rows = end - m >= 8 ? 8 : 1;
+      const R* w = static_cast<const R*>(p.weight_hh) + m * p.H;
+      for (int64_t b = 0; b < p.B; ++b) {
+        if (t >= steps_of(p, b)) continue;
+        R* to = products + b * G * p.H + m;
+        rows == 8 ? dot<8>(w, h_before(t, b), to) : dot<1>(w, h_before(t, b), to);
+      }
+      m += rows;
+    }
+  }
+
+  template <int ROWS>
+  void dot(const R* w, const R* h, R* to) const {
+    Vec<R> sums[ROWS] = {}, a, b;
+    int64_t k = 0;
+    for (; k + LANES<R> <= p.H; k += LANES<R>) {
+      memcpy(&b, h + k, VECTOR_BYTES);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        memcpy(&a, w + r * p.H + k, VECTOR_BYTES);
+        sums[r] += a * b;
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      R sum = 0;
+      for (int64_t i = k; i < p.H; ++i) sum += w[r * p.H + i] * h[i];
+      for (int lane = 0; lane < LANES<R>; ++lane) sum += sums[r][lane];
+      to[r] = sum;
+    }
+  }
+
+  // Layer norm of a row's product where there is one, then all of its units at once.
+  void whole_row(int64_t t, int64_t b, const Local& local) {
+    if constexpr (!BEFORE) {
+      R* q = products + b * G * p.H;
+      if (p.ln_weight) {
+        const R *weight = static_cast<const R*>(p.ln_weight), *ln_bias = static_cast<const R*>(p.ln_bias);
+        const R rstd = normalise(q, q, G * p.H);
+        if (p.normed) {
+          memcpy(kept(p.normed, G, t, b), q, G * p.H * sizeof(R));
+          static_cast<R*>(p.rstd)[t * p.B + b] = rstd;
+        }
+        RECATTN_INDEPENDENT
+        for (int64_t i = 0; i < G * p.H; ++i) q[i] = q[i] * weight[i] + ln_bias[i];
+      }
+      cell(t, b, 0, p.H, q, p.H, local);
+    }
+  }
+
+  RECATTN_FN void inputs(int64_t t, int64_t b, int64_t j, int64_t n, const Local& local, const R** x) const {
+    for (int g = 0; g < G; ++g) {
+      x[g] = widened(p.dtype, place(p.x, p.dtype, t, b, g * p.H + j), local.memory + g * width, n);
+    }
+  }
+  RECATTN_FN void outputs(int64_t t, int64_t b, int64_t j, const Local& local, R** gates) const {
+    for (int g = 0; g < KEPT; ++g) {
+      gates[g] = p.gates ? kept(p.gates, KEPT, t, b) + g * p.H + j : local.memory + (G + g) * width;
+    }
+  }
+
+  RECATTN_FN void cell(int64_t t, int64_t b, int64_t j, int64_t n, const R* q, int64_t stride, const Local& local) {
+    const R* x[G];
+    R* gates[KEPT];
+    inputs(t, b, j, n, local, x);
+    outputs(t, b, j, local, gates);
+    const R* h = h_before(t, b) + j;
+    R* next = state_after(taken_before(p, t, b), b) + j;
+    if constexpr (C == Cell::rnn_tanh || C == Cell::rnn_relu) {
+      rnn_row<C>(x[0], q, bias + j, next, n);
+      if (p.gates) memcpy(gates[0], next, n * sizeof(R));
+    } else if constexpr (C == Cell::lstm) {
+      R *c_new = local.memory + (G + KEPT) * width, *c_next = static_cast<R*>(p.c_n) + b * p.H + j;
+      const R* c = c_before(t, b) + j;
+      lstm_row(x, q, stride, bias + j, p.H, c, gates, c_new, n);
+      squash(gates[3], c_new, next, n);
+      mix_c.mix(t, b, j, c, c_new, n);
+      memcpy(c_next, c_new, n * sizeof(R));
+      if (p.cells) memcpy(kept(p.cells, 1, t, b) + j, c_new, n * sizeof(R));
+    } else if constexpr (C == Cell::gru) {
+      gru_row(x, q, stride, bias + j, p.H, h, gates, next, n);
+    }
+    leave(t, b, j, n, h, next);
+  }
+
+  RECATTN_FN void leave(int64_t t, int64_t b, int64_t j, int64_t n, const R* h, R* next) const {
+    mix_h.mix(t, b, j, h, next, n);
+    narrowed(p.dtype, place(p.output, p.dtype, t, b, j), next, n);
+  }
+
+  // h = o * tanh(c), with layer norm o * tanh(LN(c)), where n is the whole row.
+  RECATTN_FN void squash(const R* o, const R* c, R* h, int64_t n) const {
+    if (p.ln_c_weight) {
+      const R *weight = static_cast<const R*>(p.ln_c_weight), *ln_bias = static_cast<const R*>(p.ln_c_bias);
+      normalise(c, h, n);
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) h[i] = o[i] * tanh_(h[i] * weight[i] + ln_bias[i]);
+    } else {
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) h[i] = o[i] * tanh_(c[i]);
+    }
+  }
+
+  // gru_before (Cho et al., 2014): r, z = sigmoid(x + q), and r * h for the product that follows.
+  RECATTN_FN void first_gates(int64_t t, int64_t b, int64_t j, int64_t n, const R* q, int64_t stride,
+                              const Local& local) {
+    if constexpr (BEFORE) {
+      const R* x[G];
+      inputs(t, b, j, n, local, x);
+      const R *xr = x[0], *xz = x[1], *h = h_before(t, b) + j, *bias_r = bias + j, *bias_z = bias + p.H + j;
+      R* r = (p.gates ? kept(p.gates, KEPT, t, b) : gates_before + b * 2 * p.H) + j;
+      R *z = r + p.H, *to = reset_h + b * p.H + j;
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        r[i] = sigmoid(xr[i] + (q[i] + bias_r[i]));
+        z[i] = sigmoid(xz[i] + (q[stride + i] + bias_z[i]));
+        to[i] = r[i] * h[i];
+      }
+    }
+  }
+
+  // n = tanh(x_n + q_n) with q of r * h;  h = (1 - z) * n + z * h
+  RECATTN_FN void second_gate(int64_t t, int64_t b, int64_t j, int64_t n, const R* q, const Local& local) {
+    if constexpr (BEFORE) {
+      const R* x = widened(p.dtype, place(p.x, p.dtype, t, b, 2 * p.H + j), local.memory, n);
+      const R *h = h_before(t, b) + j, *bias_n = bias + 2 * p.H + j;
+      const R* z = (p.gates ? kept(p.gates, KEPT, t, b) : gates_before + b * 2 * p.H) + p.H + j;
+      R* candidate = p.gates ? kept(p.gates, KEPT, t, b) + 2 * p.H + j : local.memory + G * width;
+      R* next = state_after(taken_before(p, t, b), b) + j;
+      RECATTN_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        candidate[i] = tanh_(x[i] + (q[i] + bias_n[i]));
+        next[i] = gru_state(z[i], candidate[i], h[i]);
+      }
+      leave(t, b, j, n, h, next);
+    }
+  }
+
+  const GatedForward& p;
+  const int threads;
+  const bool direct, by_rows;  // without packing; whole rows of gates
+  const int64_t width, weight_size, second_size;
+  const bool apart;
+  Workspace memory;
+  R *const packed, *const packed_second, *const zeros, *const bias, *const other_h, *const products,
+      *const gates_before, *const reset_h, *const scratch;
+  const Zoneout mix_h, mix_c;
+  First first;
+  Second second;
+};
+
+}  // namespace
+
+void gated_forward(const GatedForward& p) {
+  if (p.B * p.H == 0) return;
+  by_cell(p, [&]<Cell C, class R>() { Forward<C, R>(p).run(); });
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn

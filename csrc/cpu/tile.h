@@ -1,0 +1,204 @@
+// Products of a few rows with a panel of packed weights: where the time of the recurrent kernels goes.
+//
+// A panel is V vectors wide, gates or neighbouring columns, and lies in memory in the order in which the product reads
+// it, [k][vector][lane]. The sums of a tile, ROWS x V vectors, stay in registers over all k.
+#pragma once
+
+#include "numeric.h"
+
+// The loop that follows reads and writes no element in more than one of its steps. clang checks that at run time.
+#if defined(__GNUC__) && !defined(__clang__)
+#define RECATTN_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define RECATTN_INDEPENDENT
+#endif
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, SUMS = 24;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, SUMS = 12;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, SUMS = 24;
+#else
+constexpr int VECTOR_BYTES = 16, SUMS = 12;
+#endif
+
+template <class R> struct Vector {
+  typedef R type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class R> using Vec = typename Vector<R>::type;
+template <class R> constexpr int LANES = VECTOR_BYTES / sizeof(R);
+
+[[maybe_unused]] inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+[[maybe_unused]] inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where part i of n of 0..size begins.
+[[maybe_unused]] inline int64_t part(int64_t size, int64_t i, int64_t n) { return size * i / n; }
+
+// out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless FIRST.
+template <int ROWS, int V, class R>
+__attribute__((noinline)) void tile(const R* const* rows, const R* weights, int64_t step, int64_t K, R* out,
+                                    int64_t out_stride, bool first) {
+  Vec<R> sums[ROWS][V] = {};
+  const R* row[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) row[r] = rows[r];
+  if (!first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) memcpy(&sums[r][v], out + r * out_stride + v * LANES<R>, VECTOR_BYTES);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k, weights += step) {
+    Vec<R> w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * row[r][k];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) memcpy(out + r * out_stride + v * LANES<R>, &sums[r][v], VECTOR_BYTES);
+  }
+}
+
+template <int V, class R>
+struct Tiles {
+  static constexpr int ROWS = SUMS / V;
+  using Function = void (*)(const R* const*, const R*, int64_t, int64_t, R*, int64_t, bool);
+
+  // n rows in tiles of about equal height, so that none is too low to keep the arithmetic units busy.
+  static void run(const R* const* rows, int64_t n, const R* weights, int64_t step, int64_t K, R* out,
+                  int64_t out_stride, bool first) {
+    const int64_t tiles = ceil_div(n, ROWS);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t from = part(n, i, tiles), height = part(n, i + 1, tiles) - from;
+      of_height(height)(rows + from, weights, step, K, out + from * out_stride, out_stride, first);
+    }
+  }
+
+ private:
+  static Function of_height(int64_t height) {
+    static constexpr Function table[] = {tile<1, V, R>,           tile<2, V, R>,           tile<3, V, R>,
+                                         tile<most(4), V, R>, tile<most(5), V, R>, tile<most(6), V, R>,
+                                         tile<most(7), V, R>, tile<most(8), V, R>};
+    return table[height - 1];
+  }
+  static constexpr int most(int height) { return height < ROWS ? height : ROWS; }
+};
+
+// a0 b0 a1 b1 ... of the lower halves of a and b, and of the upper ones.
+template <class V>
+RECATTN_FN void interleave(const V& a, const V& b, V& low, V& high) {
+  constexpr int N = sizeof(V) / sizeof(a[0]);
+  if constexpr (N == 2) {
+    low = __builtin_shufflevector(a, b, 0, 2);
+    high = __builtin_shufflevector(a, b, 1, 3);
+  } else if constexpr (N == 4) {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else if constexpr (N == 8) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// to[k * stride + lane] = rows[lane][k] for k < n.
+template <class R>
+void transpose(const R* const* rows, int64_t n, R* to, int64_t stride) {
+  constexpr int N = LANES<R>;
+  int64_t k = 0;
+  for (; k + N <= n; k += N) {
+    Vec<R> a[N], b[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) memcpy(&a[i], rows[i] + k, VECTOR_BYTES);
+    // Each round moves the lowest bit of the lane's number to the row's; after all of them the two are exchanged.
+#pragma GCC unroll 4
+    for (int round = 1; round < N; round *= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N / 2; ++i) interleave(a[i], a[i + N / 2], b[2 * i], b[2 * i + 1]);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) a[i] = b[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) memcpy(to + (k + i) * stride, &a[i], VECTOR_BYTES);
+  }
+  for (; k < n; ++k) {
+    for (int lane = 0; lane < N; ++lane) to[k * stride + lane] = rows[lane][k];
+  }
+}
+
+// The weights of a product, packed: for G gates of `units` outputs each, panels of all the gates of UNITS outputs.
+template <int G, class R>
+struct Panels {
+  static constexpr int GROUPS = G == 3 ? 1 : 4 / G, V = G * GROUPS, WIDTH = V * LANES<R>, UNITS = GROUPS * LANES<R>;
+
+  const R* weights = nullptr;
+  int64_t K = 0, units = 0;
+  int64_t step = 0, panel = 0;  // from one k, and from one panel, to the next, in elements
+
+  int64_t count() const { return ceil_div(units, UNITS); }
+  static int64_t size(int64_t K, int64_t units) { return ceil_div(units, UNITS) * K * WIDTH; }
+
+  // sum over k of row[k] * from[(gate * units + unit) * K + k], panels begin to end of it.
+  static void pack_rows(const R* from, int64_t K, int64_t units, R* to, int64_t begin, int64_t end, const R* zeros) {
+    for (int64_t i = begin * V; i < end * V; ++i) {
+      const int64_t v = i % V, unit = i / V * UNITS + v % GROUPS * LANES<R>;
+      const R* rows[LANES<R>];
+      for (int lane = 0; lane < LANES<R>; ++lane) {
+        rows[lane] = unit + lane < units ? from + (v / GROUPS * units + unit + lane) * K : zeros;
+      }
+      transpose(rows, K, to + i / V * K * WIDTH + v * LANES<R>, WIDTH);
+    }
+  }
+
+  // sum over k of row[k] * from[k * units + unit], for G = 1.
+  static void pack_columns(const R* from, int64_t K, int64_t units, R* to, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = least(UNITS, units - i * UNITS);
+      for (int64_t k = 0; k < K; ++k) copy_padded(to + (i * K + k) * UNITS, from + k * units + i * UNITS, n);
+    }
+  }
+
+  static void copy_padded(R* to, const R* from, int64_t n) {
+    if (n == UNITS) {
+      memcpy(to, from, UNITS * sizeof(R));
+    } else {
+      memcpy(to, from, n * sizeof(R));
+      memset(to + n, 0, (UNITS - n) * sizeof(R));
+    }
+  }
+
+  // Rows and this many k of a panel stay in the second-level cache while the rows' tiles go over them.
+  static constexpr int64_t K_BLOCK = 512;
+
+  // out[r][gate][unit of the panel], WIDTH elements a row.
+  void product(const R* const* rows, int64_t n, int64_t i, R* out) const {
+    const int64_t blocks = ceil_div(K, K_BLOCK);
+    if (blocks == 1) return Tiles<V, R>::run(rows, n, weights + i * panel, step, K, out, WIDTH, true);
+    const R* block[MOST_ROWS];
+    for (int64_t part_of_k = 0; part_of_k < blocks; ++part_of_k) {
+      const int64_t from = part(K, part_of_k, blocks), to = part(K, part_of_k + 1, blocks);
+      for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + from;
+      Tiles<V, R>::run(block, n, weights + i * panel + from * step, step, to - from, out, WIDTH, from == 0);
+    }
+  }
+
+  static constexpr int MOST_ROWS = 64;
+};
+
+}  // namespace
+}  // namespace RECATTN_ISA
+}  // namespace recattn
