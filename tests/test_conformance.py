@@ -4,6 +4,7 @@ recattn_kernels/conformance.py, which no test loosens."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -120,3 +121,12 @@ def test_the_rule_can_fail() -> None:
     actual = conformance.Result(reference.outputs, [spoiled, *reference.grads[1:]])
     findings = conformance.judge(actual, reference, exact, names, torch.float32)
     assert [f.name for f in findings if f.complaint] == ["grad x"]
+
+
+def test_accurate_product_is_the_exact_one_rounded() -> None:
+    a, b = torch.randn(3, 50, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
+    exact = [[float(sum(Fraction(x) * Fraction(y) for x, y in zip(r, c, strict=True))) for c in b.t().tolist()]
+             for r in a.tolist()]  # fmt: skip
+    assert torch.equal(conformance.accurate_product(a, b), torch.tensor(exact, dtype=torch.float64))
+    a[0, 0] = float("inf")
+    assert torch.equal(conformance.accurate_product(a, b)[0], (a @ b)[0])
