@@ -36,6 +36,7 @@ class Layer(Gated, nn.RNNBase):
                 raise ValueError(f"{name}: lengths must be None with a PackedSequence, which has its own")
             data, batch_sizes = input.data, input.batch_sizes
             states = self._states(hx, data)
+            self._check(data, states, batch_sizes)  # which torch.nn.LSTM leaves out
             T, B = len(batch_sizes), int(batch_sizes[0])
             backend = self._backend(data, T, B, extras, packed=batch_sizes)
             return super().forward(input, hx) if backend == "vendor" else self._packed(input, states, reset, backend)
@@ -91,7 +92,6 @@ class Layer(Gated, nn.RNNBase):
         self, input: PackedSequence, states: States | None, reset: Tensor | None, backend: str
     ) -> tuple[PackedSequence, Any]:
         data, batch_sizes, order, inverse = input
-        self._check(data, states, batch_sizes)
         batch = Packed(batch_sizes)
         if reset is not None:
             check_reset(self._vendor.__name__, reset, batch.T, batch.B, self.batch_first, data)
