@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recattn_kernels import (
-    GRU, LSTM, RNN, BackendUnavailableError, GRUCell, LSTMCell, RNNCell, use_backend,
-)  # fmt: skip
+import recattn_kernels as rk
+from recattn_kernels import BackendUnavailableError, GRUCell, LSTMCell, RNNCell, use_backend
 
 D, H = 3, 4
 CELLS = {"RNNCell": RNNCell, "LSTMCell": LSTMCell, "GRUCell": GRUCell}
-LAYERS = {"RNNCell": RNN, "LSTMCell": LSTM, "GRUCell": GRU}
+LAYERS = {"RNNCell": rk.RNN, "LSTMCell": rk.LSTM, "GRUCell": rk.GRU}
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -202,6 +201,8 @@ AS_TORCH: list[Callable[[bool], tuple[Any, ...]]] = [
     lambda pair: (Z(2, D), (Z(3, H), Z(3, H)) if pair else Z(3, H)),
     lambda pair: (Z(2, D), (Z(2, 5), Z(2, H)) if pair else Z(2, 5)),
     lambda pair: (Z(D), (Z(5), Z(5)) if pair else Z(5)),
+    lambda pair: (Z(D), (Z(1, H), Z(1, H)) if pair else Z(1, H)),
+    lambda pair: (Z(2, D), (Z(H), Z(H)) if pair else Z(H)),
     lambda pair: (Z(2, D), (Z(2, H), Z(1, 2, H)) if pair else Z(1, 2, H)),
 ]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import checks
 from recattn_kernels.layers.gated_base import Gated
+from recattn_kernels.layers.indrnn_cell import autocasts
 
 
 class Cell(Gated, nn.RNNCellBase):
@@ -19,6 +20,9 @@ class Cell(Gated, nn.RNNCellBase):
         dim = input.dim()
         if dim not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
+        weight_ih = self.weight_ih
+        checks.device(name, "input", input, "weight_ih", weight_ih)
+        checks.dtype(name, "input", input, checks.FLOATING if autocasts(input) else (weight_ih.dtype,))
         states = self._states(hx, input)
         B = input.shape[0] if dim == 2 else 1
         backend = self._backend(input, 1, B, [])
@@ -29,14 +33,15 @@ class Cell(Gated, nn.RNNCellBase):
         if input.shape[-1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
         for i, state in enumerate(states or ()):
-            if state.dim() != dim:
+            if state.dim() not in (1, 2):
                 what = f"hx[{i}]" if self._op == "lstm" else "hidden"
-                raise ValueError(f"{name}: Expected {what} to be {dim}D, got {state.dim()}D instead")
-            if dim == 2 and state.shape[0] != B:
-                raise RuntimeError(f"Input batch size {B} doesn't match hidden{i} batch size {state.shape[0]}")
-            if (width := state.shape[-1]) != self.hidden_size:
-                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {width}, expected {self.hidden_size}")
-        checks.device(name, "input", input, "weight_ih", self.weight_ih)
+                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+            rows, *width = state.shape if dim == 2 else (1, *state.shape)
+            if rows != B:
+                raise RuntimeError(f"Input batch size {B} doesn't match hidden{i} batch size {rows}")
+            if width != [self.hidden_size]:
+                got = width[0] if width else 1
+                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {got}, expected {self.hidden_size}")
         if dim == 1:
             input = input.unsqueeze(0)
             states = None if states is None else tuple(s.unsqueeze(0) for s in states)
