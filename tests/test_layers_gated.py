@@ -236,9 +236,8 @@ def test_options_agree_with_plain_steps(name: str, form: str) -> None:
     extra = {"proj_size": 2} if "-" in name else {}
     cls = LAYERS[name.removesuffix("-proj")]
     zoneouts: list[Any] = [0.0, (0.3, 0.2) if cls is LSTM else 0.3]
-    for layer_norm, zoneout, with_reset, bidirectional in itertools.product(
-        [False, True], zoneouts, *[[False, True]] * 2
-    ):
+    for layer_norm, zoneout, bidirectional in itertools.product([False, True], zoneouts, [False, True]):
+        with_reset = (zoneout != 0.0) != bidirectional
         layer = cls(
             D, H, 2, bidirectional=bidirectional, batch_first=with_reset, bias=not bidirectional or layer_norm,
             layer_norm=layer_norm, zoneout=zoneout, dtype=torch.float64, **extra,
@@ -385,6 +384,34 @@ def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_backend("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2, None) is None
     monkeypatch.setitem(TABLES, "lstm", {})
     assert fused_backend("lstm", "lstm", weight_hh, torch.float32, 3, 2, None) is None
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def rule(op: str, fused: str | None, **facts: Any) -> bool:
+        asked.append({"op": op, "fused": fused, **facts})
+        return faster
+
+    vendor = []
+    monkeypatch.setattr("recattn_kernels.layers.gated_base.vendor_is_faster", rule)
+    monkeypatch.setitem(TABLES, "gru", {})
+    monkeypatch.setattr(nn.GRU, "forward", lambda self, input, hx: vendor.append(input) or (input, hx))
+    layer = GRU(D, H, 3, batch_first=True, bidirectional=True)
+    x = torch.randn(2, 5, D)
+    layer(x)
+    facts = {"op": "gru", "fused": None, "device": "cpu", "dtype": torch.float32, "T": 5, "B": 2, "D": D, "H": H,
+             "layers": 3, "directions": 2, "packed": False, "needs_grad": True}  # fmt: skip
+    assert asked.pop() == facts
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(pack_sequence([x[0], x[1, :2], x[1, :1]]))
+    assert asked.pop() == facts | {"dtype": torch.bfloat16, "B": 3, "packed": True, "needs_grad": False}
+    layer(x[0])
+    assert asked.pop() == facts | {"B": 1}
+    assert len(vendor) == 3 * faster
+    layer(x, reset=torch.zeros(2, 5) > 0), layer(x[:, :0])
+    assert not asked and len(vendor) == 3 * faster  # not asked where torch.nn cannot run
 
 
 def test_empty_sequences_run_on_ours() -> None:
@@ -569,7 +596,7 @@ def test_compile_and_export(name: str, backend: str) -> None:
     options = {"layer_norm": True, "zoneout": 0.1} if backend == "reference" else {}
     dtype = torch.float64  # of float32, torch 2.13 compiles no gradient of torch.nn.LSTM
     layer = LAYERS[name.removesuffix("-proj")](D, H, 2, backend=backend, dtype=dtype, **options, **extra).eval()
-    x = torch.randn(3, 2, D, dtype=dtype)
+    x = torch.randn(2, 2, D, dtype=dtype)
     model = nn.Sequential(layer)
     results = [results_and_grads(layer, lambda m: m(x), [])]
     with torch._dynamo.config.patch(allow_rnn=True):

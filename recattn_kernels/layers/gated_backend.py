@@ -39,7 +39,7 @@ def vendor_is_faster(
         dtype: of the projected input, which autocast may have made 16-bit.
         T, B, D, H: steps, rows, input and hidden features. T is 1 for a cell.
         layers, directions: 1 for a cell.
-        packed: the rows differ in length; T and B are then those of the padded batch.
+        packed: input is a PackedSequence; T and B are those of the padded batch.
         needs_grad: a backward may follow.
     """
     return fused is None

@@ -100,7 +100,7 @@ class Gated(nn.Module):
         )
         return ", ".join([super().extra_repr(), *options])
 
-    def extras(self) -> list[str]:
+    def _extras(self) -> list[str]:
         """The options that are set and that torch.nn does not have."""
         zoneout = any(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout > 0
         found = []
@@ -133,7 +133,7 @@ class Gated(nn.Module):
         Raises ValueError where an option that torch.nn does not have is set, or a parametrisation has taken a
         Parameter's place.
         """
-        if extras := self.extras():
+        if extras := self._extras():
             raise ValueError(f"{self._vendor.__name__}: to_torch: torch.nn has no {' and no '.join(extras)}")
         return _rebuilt(self._vendor, self)
 
@@ -157,7 +157,7 @@ class Gated(nn.Module):
         name = backends.requested(self._vendor.__name__, self.backend)
         if name not in ("auto", "vendor"):
             return name
-        extras = self.extras()
+        extras = self._extras()
         # What makes no difference to this call is no reason to refuse it.
         if not self.training and "recurrent_dropout" in extras:
             extras.remove("recurrent_dropout")

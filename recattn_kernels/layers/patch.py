@@ -68,7 +68,7 @@ def unpatch_model(model: nn.Module) -> PatchReport:
             continue
         if type(module) not in THEIRS:
             left[name] = f"its class {_path(module)} is derived from ours"
-        elif extras := module.extras():
+        elif extras := module._extras():
             left[name] = f"torch.nn has no {' and no '.join(extras)}"
         else:
             for option in ("layer_norm", "zoneout", "recurrent_dropout", "grad_clip", "backend"):
