@@ -1,7 +1,10 @@
 """Fused recurrent and attention kernels for PyTorch, each with a plain-PyTorch reference beside it."""
 
 from recattn_kernels.backends import BackendUnavailableError, explain, use_backend
+from recattn_kernels.layers.gated import GRU, LSTM, RNN
+from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
+from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
 from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.indrnn import indrnn
 from recattn_kernels.ops.lstm import lstm
@@ -10,13 +13,22 @@ from recattn_kernels.ops.rnn import rnn
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "BackendUnavailableError",
+    "GRUCell",
     "IndRNN",
     "IndRNNCell",
+    "LSTMCell",
+    "PatchReport",
+    "RNNCell",
     "explain",
     "gru",
     "indrnn",
     "lstm",
+    "patch_model",
     "rnn",
+    "unpatch_model",
     "use_backend",
 ]

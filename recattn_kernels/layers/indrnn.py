@@ -22,7 +22,7 @@ from recattn_kernels.layers.indrnn_cell import (
     initialise_input_weight,
 )
 from recattn_kernels.layers.norm import batch_norm
-from recattn_kernels.layers.packing import Packed, Padded, permute
+from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -262,11 +262,7 @@ class IndRNN(nn.Module):
             expected = (self.num_layers * self.num_directions, *batch, self.hidden_size)
             check_state("IndRNN", "h0", h0, symbols, expected, input, weight_ih)
         if reset is not None:
-            symbols = "(T,)" if B is None else "(B, T)" if self.batch_first else "(T, B)"
-            checks.tensor("IndRNN", "reset", reset)
-            checks.shape("IndRNN", "reset", reset, symbols, (*batch, T) if self.batch_first else (T, *batch))
-            checks.dtype("IndRNN", "reset", reset, (torch.bool,))
-            checks.device("IndRNN", "reset", reset, "input", input)
+            check_reset("IndRNN", reset, T, B, self.batch_first, input)
 
     def _stack(
         self, x: Tensor, h0: Tensor | None, reset: Tensor | None, batch: Padded | Packed

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from recattn_kernels import checks
+
 
 class Padded:
     """(T, B, ...), or (B, T, ...) under batch_first. valid (T, B, 1) or (B, T, 1) marks the steps within a length."""
@@ -71,3 +73,13 @@ class Packed:
 def permute(x: Tensor | None, indices: Tensor | None, dim: int) -> Tensor | None:
     """x with what lies along dim taken in the order of indices; without either, x."""
     return x if x is None or indices is None else x.index_select(dim, indices)
+
+
+def check_reset(layer: str, reset: Tensor, T: int, B: int | None, batch_first: bool, input: Tensor) -> None:
+    """reset as a layer takes it, padded; B is None for unbatched input."""
+    symbols = "(T,)" if B is None else "(B, T)" if batch_first else "(T, B)"
+    rows = () if B is None else (B,)
+    checks.tensor(layer, "reset", reset)
+    checks.shape(layer, "reset", reset, symbols, (*rows, T) if batch_first else (T, *rows))
+    checks.dtype(layer, "reset", reset, (torch.bool,))
+    checks.device(layer, "reset", reset, "input", input)

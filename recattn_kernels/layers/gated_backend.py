@@ -1,0 +1,61 @@
+"""Which calls of RNN, LSTM, GRU and their cells are left to torch.nn's own kernels (oneDNN, cuDNN)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import backends
+from recattn_kernels.layers.packing import Packed
+from recattn_kernels.ops.gated.contract import CELLS, Call
+from recattn_kernels.ops.gru.contract import BACKENDS as GRU
+from recattn_kernels.ops.lstm.contract import BACKENDS as LSTM
+from recattn_kernels.ops.rnn.contract import BACKENDS as RNN
+
+TABLES = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+
+
+def vendor_is_faster(
+    op: str,
+    fused: str | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    D: int,
+    H: int,
+    layers: int,
+    directions: int,
+    packed: bool,
+    needs_grad: bool,
+) -> bool:
+    """Whether torch.nn's kernel beats ours on a call that both can run: the rule of backend="auto".
+
+    Args:
+        op: rnn, lstm or gru.
+        fused: the backend of ours that would run it, or None, which leaves only the reference: a loop in Python.
+        device: the type of the device.
+        dtype: of the projected input, which autocast may have made 16-bit.
+        T, B, D, H: steps, rows, input and hidden features. T is 1 for a cell.
+        layers, directions: 1 for a cell.
+        packed: input is a PackedSequence; T and B are those of the padded batch.
+        needs_grad: a backward may follow.
+    """
+    return fused is None
+
+
+def fused_backend(
+    op: str, cell: str, weight_hh: Tensor, dtype: torch.dtype, T: int, B: int, packed: Tensor | None
+) -> str | None:
+    """The backend of ours that would run a call without options; asked before anything is computed for the call."""
+    table = TABLES[op]
+    if not table:
+        return None
+    x = torch.empty((), dtype=dtype, device=weight_hh.device).expand(T, B, CELLS[cell] * weight_hh.shape[1])
+    lengths = None if packed is None else Packed(packed).lengths
+    call = Call(x, weight_hh, *(None,) * 8, lengths, None, None, cell, 0.0, 0.0, False, False, False, None)
+    for backend in table:
+        if backends.refusal(backend, table, call) is None:
+            return backend
+    return None
