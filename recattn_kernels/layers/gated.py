@@ -108,8 +108,10 @@ class Layer(Gated, nn.RNNBase):
         if states is None:
             self.check_input(input, batch_sizes)
         else:
-            self.check_forward_args(input, states if self._op == "lstm" else states[0], batch_sizes)  # type: ignore[arg-type]
-        checks.device(self._vendor.__name__, "input", input, "weight_ih_l0", getattr(self, "weight_ih_l0"))  # noqa: B009
+            hx: Any = states if self._op == "lstm" else states[0]
+            self.check_forward_args(input, hx, batch_sizes)
+        weight_ih: Tensor = getattr(self, "weight_ih_l0")  # noqa: B009  (to mypy self.weight_ih_l0 may be a Module)
+        checks.device(self._vendor.__name__, "input", input, "weight_ih_l0", weight_ih)
 
     def _stack(
         self, x: Tensor, states: States | None, reset: Tensor | None, batch: Padded | Packed, backend: str
