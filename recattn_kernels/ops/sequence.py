@@ -121,7 +121,8 @@ def recurrent(
     weight, bias = norm[:2]
 
     def product(h: Tensor) -> Tensor:
-        r = h @ W
+        with torch.autocast(h.device.type, enabled=False):  # else it would take a product of states to 16 bits
+            r = h @ W
         if weight is not None and bias is not None:
             r = layer_norm(r, weight, bias)
         return r if b is None else r + b

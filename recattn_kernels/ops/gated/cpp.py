@@ -22,6 +22,9 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     dtype = compute_dtype(call.x.dtype)
     x = contiguous_rows(call.x)
     output, h_n, c_n, kept = empty_forward(call, keep)
+    if call.lengths is not None:
+        for tensor in kept:
+            tensor.zero_()  # the kernel leaves out the steps past a row's end, and an op's outputs are all defined
     h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
     holds, common = _common(call, dtype)
     _cpu().gated_forward(
