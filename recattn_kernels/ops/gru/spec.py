@@ -25,5 +25,6 @@ SPEC = OpSpec(
     samples=(*GRU.all(), *GRU.variant("original_", ORIGINAL, reset_after=False)),
     workloads=workloads(),
     inputs=inputs(3),
+    scratch=2.5,  # dL/d(W_hh h) in float32, beside a 16-bit gradient of x
     cost=cost("gru", 3),
 )

@@ -21,5 +21,6 @@ SPEC = OpSpec(
     samples=(*RNN.all(), *RNN.variant("relu_", RELU, nonlinearity="relu")),
     workloads=workloads(),
     inputs=inputs(1),
+    scratch=2.5,  # dL/d(W_hh h) in float32, beside a 16-bit gradient of x
     cost=cost("rnn_tanh", 1),
 )
