@@ -4,7 +4,8 @@ It is trained by truncated back-propagation: the text is cut into parallel strea
 steps, and a chunk starts from the states that the last one ended in, without gradient. Of the text, the first 90 % are
 trained on, 5 % choose the best moment of the training, and on the last 5 % the result is measured, in bits a character:
 what an ideal compressor would need. Beside it stand a unigram and a bigram model, which count the training text.
-The text is pydoc_data.topics of the standard library, 465 kB about Python in English, or any file.
+The text is pydoc_data.topics of the standard library, 465 kB about Python in English, or any file. There unigrams need
+4.60 bits and bigrams 3.27; a network is at about 2 after a minute on one core, and spells most words.
 
     python examples/char_lm.py                         GRU, one layer of 512
     python examples/char_lm.py --model indrnn          IndRNN of 6 layers; indrnn-21: of 21 residual layers; lstm; rnn
@@ -19,8 +20,8 @@ IndRNN is that of the language models of Li et al. (2018, section 5.3; arXiv:191
 it, |u| <= 2^(1/T). T is here the length of a stream, as states are carried to its end: with the 100 steps of a chunk a
 unit could grow by 2^83 on the way. And u starts in U(0, 1/2): in the paper's U(0, 1) are units that add up a whole
 stream, and they drown the others; after two epochs six layers did no better than the unigram model. Gradients are
-clipped to norm 1, and the rate of Adam falls to 0 along a cosine, from more than the paper's 2e-4, as there are a few
-hundred steps instead of a hundred thousand.
+clipped to norm 1, and the rate of Adam falls to 0 along a cosine, from more than the paper's 2e-4, as there are far
+fewer steps.
 """
 
 from __future__ import annotations
