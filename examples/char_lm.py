@@ -1,0 +1,460 @@
+"""A character language model: a recurrent network reads a text and predicts each next character.
+
+It is trained by truncated back-propagation: the text is cut into parallel streams, which are read in chunks of 100
+steps, and a chunk starts from the states that the last one ended in, without gradient. Of the text, the first 90 % are
+trained on, 5 % choose the best moment of the training, and on the last 5 % the result is measured, in bits a character:
+what an ideal compressor would need. Beside it stand a unigram and a bigram model, which count the training text.
+The text is pydoc_data.topics of the standard library, 465 kB about Python in English, or any file. There unigrams need
+4.60 bits and bigrams 3.27; a network is at about 2 after a minute on one core, and spells most words.
+
+    python examples/char_lm.py                         GRU, one layer of 512
+    python examples/char_lm.py --model indrnn          IndRNN of 6 layers; indrnn-21: of 21 residual layers; lstm; rnn
+    python examples/char_lm.py --text FILE --torch     on another text; torch.nn's layers, to compare the speed
+    python examples/char_lm.py --resume --epochs 20    goes on where the last run, or its last checkpoint, ended
+    python examples/char_lm.py --quick                 GRU of 256, for a minute
+    python examples/char_lm.py --toy                   learns to spell "hello", in seconds
+
+It needs typer, rich and matplotlib: pip install "recattn_kernels[examples]".
+
+IndRNN is that of the language models of Li et al. (2018, section 5.3; arXiv:1910.06251): ReLU with BatchNorm before
+it, |u| <= 2^(1/T). T is here the length of a stream, as states are carried to its end: with the 100 steps of a chunk a
+unit could grow by 2^83 on the way. And u starts in U(0, 1/2): in the paper's U(0, 1) are units that add up a whole
+stream, and they drown the others; after two epochs six layers did no better than the unigram model. Gradients are
+clipped to norm 1, and the rate of Adam falls to 0 along a cosine, from more than the paper's 2e-4, as there are far
+fewer steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from pydoc_data import topics
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import recattn_kernels
+from recattn_kernels import IndRNN
+
+EMBEDDING = 64
+EVALUATION_STREAMS, EVALUATION_STEPS = 10, 500
+GATED = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}  # classes of recattn_kernels and of torch.nn
+State = Tensor | tuple[Tensor, ...] | None
+
+
+class Model(str, Enum):
+    indrnn = "indrnn"
+    indrnn_21 = "indrnn-21"
+    lstm = "lstm"
+    gru = "gru"
+    rnn = "rnn"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    title: str
+    layers: int
+    lr: float
+
+
+RECIPES = {
+    "indrnn": Recipe("IndRNN", 6, 2e-3),
+    "indrnn-21": Recipe("Residual IndRNN", 21, 1e-3),
+    "lstm": Recipe("LSTM", 1, 5e-3),
+    "gru": Recipe("GRU", 1, 5e-3),
+    "rnn": Recipe("RNN (tanh)", 1, 2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training depends on: a checkpoint holds it."""
+
+    model: str
+    text: str | None
+    torch: bool
+    hidden: int
+    layers: int
+    steps: int
+    batch: int
+    epochs: int
+    minutes: float
+    lr: float
+    clip: float
+    dropout: float
+    zoneout: float
+    layer_norm: bool
+    evaluate_every: int | None
+    seed: int
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text's characters, as indices (length,) into its vocabulary."""
+
+    vocabulary: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    digest: str
+
+
+def read_text(path: str | None) -> Text:
+    text = "\n".join(topics.topics.values()) if path is None else Path(path).read_text(encoding="utf-8")
+    vocabulary = "".join(sorted(set(text)))  # of the whole text: a model can name what it has not seen in training
+    ids = encode(text, vocabulary)
+    train, validation, test = ids.tensor_split((int(0.9 * len(ids)), int(0.95 * len(ids))))
+    return Text(vocabulary, train, validation, test, hashlib.sha256(text.encode()).hexdigest())
+
+
+def encode(text: str, vocabulary: str) -> Tensor:
+    index = {character: i for i, character in enumerate(vocabulary)}
+    return torch.tensor([index[character] for character in text])
+
+
+def streams(ids: Tensor, batch: int) -> Tensor:
+    """ids (length,) cut into parallel streams (length // batch, batch)."""
+    length = len(ids) // batch
+    if length < 2:
+        raise typer.BadParameter(f"of the text, {len(ids)} characters are too few for {batch} streams")
+    return ids[: length * batch].view(batch, length).t().contiguous()
+
+
+class CharacterModel(nn.Module):
+    """Embedded characters, a recurrence, and a linear read-out at every step."""
+
+    def __init__(self, options: Options, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, EMBEDDING)
+        if options.model in GATED:
+            extra: dict[str, Any] = {}
+            if not options.torch:
+                extra = {"zoneout": options.zoneout, "layer_norm": options.layer_norm, "backend": options.backend}
+            kind = getattr(nn if options.torch else recattn_kernels, GATED[options.model])
+            self.rnn = kind(EMBEDDING, options.hidden, options.layers, dropout=options.dropout, **extra)
+        else:
+            self.rnn = IndRNN(
+                EMBEDDING, options.hidden, options.layers, norm="before", residual=options.model == "indrnn-21",
+                dropout=options.dropout, recurrent_max=2 ** (1 / length), backend=options.backend,
+            )  # fmt: skip
+            for k in range(options.layers):
+                nn.init.uniform_(getattr(self.rnn, f"weight_hh_l{k}"), 0.0, 0.5)
+        self.readout = nn.Linear(options.hidden, vocabulary)
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Characters ids (T, B): logits (T, B, vocabulary) of those that follow, and the state after the last."""
+        output, state = self.rnn(self.embedding(ids), state)
+        return self.readout(output), state
+
+    def after_step(self) -> None:
+        if isinstance(self.rnn, IndRNN):
+            self.rnn.clamp_recurrent_()
+
+
+def detach(state: State) -> State:
+    return tuple(s.detach() for s in state) if isinstance(state, tuple) else None if state is None else state.detach()
+
+
+def loss_in_bits(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_character(network: CharacterModel, ids: Tensor) -> float:
+    """Over parallel streams (length, B), each read from a zero state to its end."""
+    state: State = None
+    total = 0.0
+    for i in range(0, len(ids) - 1, EVALUATION_STEPS):
+        chunk = ids[i : i + EVALUATION_STEPS + 1]
+        logits, state = network(chunk[:-1], state)
+        total += loss_in_bits(logits, chunk[1:]).item() * (len(chunk) - 1)
+    return total / (len(ids) - 1)
+
+
+def evaluate(network: CharacterModel, train: Tensor, validation: Tensor) -> float:
+    network.eval()
+    # BatchNorm's statistics anew, as the mean over some of the training text: running averages trail behind weights
+    # that change fast, and more in every layer.
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean; training itself does not use the averages
+        norm.train()
+    if norms:
+        bits_per_character(network, train[: len(validation)])
+    network.eval()
+    bits = bits_per_character(network, validation)
+    network.train()
+    return bits
+
+
+def count_baselines(train: Tensor, ids: Tensor, vocabulary: int) -> dict[str, float]:
+    """Bits a character of streams ids (length, B) under the counts of train (length,), each with one added."""
+    ones = torch.ones(vocabulary, vocabulary, dtype=torch.float64)
+    unigram = ones[0].index_put((train,), ones.new_ones(()), accumulate=True)
+    bigram = ones.index_put((train[:-1], train[1:]), ones.new_ones(()), accumulate=True)
+    probability = {
+        "unigram": (unigram / unigram.sum())[ids[1:]],
+        "bigram": (bigram / bigram.sum(1, keepdim=True))[ids[:-1], ids[1:]],
+    }
+    return {name: -p.log2().mean().item() for name, p in probability.items()}
+
+
+@torch.no_grad()
+def sample(network: CharacterModel, vocabulary: str, prime: str, characters: int, temperature: float, seed: int) -> str:
+    """prime, and characters drawn from softmax(logits / temperature); at temperature 0 always the likeliest."""
+    network.eval()
+    generator = torch.Generator().manual_seed(seed)
+    ids, state, text = encode(prime, vocabulary), None, prime
+    for _ in range(characters):
+        logits, state = network(ids.unsqueeze(1), state)
+        last = logits[-1, 0]
+        if temperature > 0:
+            ids = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+        else:
+            ids = last.argmax(-1, keepdim=True)
+        text += vocabulary[int(ids)]
+    return text
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: an interrupted write leaves the old file."""
+    part = path.with_suffix(".part")
+    torch.save(checkpoint, part)
+    part.replace(path)
+
+
+def train(
+    options: Options, text: Text, checkpoint: dict[str, Any] | None, out: Path, console: Console
+) -> tuple[CharacterModel, dict[str, Any]]:
+    """Trains one network, or goes on from checkpoint. Leaves last.pt and best.pt in the folder out."""
+    torch.manual_seed(options.seed)
+    data = streams(text.train, options.batch)
+    validation = streams(text.validation, EVALUATION_STREAMS)
+    settling = streams(text.train, EVALUATION_STREAMS)
+    per_epoch = math.ceil((len(data) - 1) / options.steps)
+    total = options.epochs * per_epoch
+    evaluate_every = options.evaluate_every or per_epoch
+
+    network = CharacterModel(options, len(text.vocabulary), len(data))
+    optimizer = torch.optim.Adam(network.parameters(), options.lr)
+    state: State = None
+    step, seconds, earlier = 0, 0.0, 0.0  # seconds of training steps; those of everything in earlier runs
+    curve: list[dict[str, float]] = []
+    if checkpoint is not None:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state, curve = checkpoint["state"], checkpoint["curve"]
+        step, seconds, earlier = checkpoint["step"], checkpoint["seconds"], checkpoint["elapsed"]
+        torch.set_rng_state(checkpoint["random_state"])
+    started = time.perf_counter() - earlier
+    losses: list[float] = []
+    diverged = False
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[bits]:.3f} bits/character"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(RECIPES[options.model].title, total=total, completed=step, bits=math.nan)
+        while not diverged:
+            # Of the steps or of the time, whichever ends first: so that the rate comes down to 0 in either.
+            done = max(step / total, (time.perf_counter() - started) / (60 * options.minutes))
+            if losses and (done >= 1 or step % evaluate_every == 0):
+                bits = evaluate(network, settling, validation)
+                elapsed = time.perf_counter() - started
+                point = {
+                    "epoch": step / per_epoch, "step": step, "minutes": elapsed / 60,
+                    "train_bits": sum(losses) / len(losses), "validation_bits": bits,
+                }  # fmt: skip
+                losses.clear()
+                curve.append(point)
+                checkpoint = {
+                    "options": asdict(options), "vocabulary": text.vocabulary, "digest": text.digest, "step": step,
+                    "network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
+                    "random_state": torch.get_rng_state(), "curve": curve, "seconds": seconds, "elapsed": elapsed,
+                }  # fmt: skip
+                save(checkpoint, out / "last.pt")
+                if bits <= min(p["validation_bits"] for p in curve):
+                    save(checkpoint, out / "best.pt")
+                progress.console.print(
+                    f"epoch {point['epoch']:6.2f}  {point['minutes']:6.2f} minutes"
+                    f"  training {point['train_bits']:.3f}  validation {bits:.3f} bits/character"
+                )
+            if done >= 1:
+                break
+            begin = time.perf_counter()
+            i = step % per_epoch * options.steps
+            chunk = data[i : i + options.steps + 1]
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * (1 + math.cos(math.pi * done)) / 2
+            logits, state = network(chunk[:-1], detach(state) if i > 0 else None)
+            loss = loss_in_bits(logits, chunk[1:])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), options.clip)
+            optimizer.step()
+            network.after_step()
+            losses.append(loss.item())
+            diverged = not math.isfinite(losses[-1])
+            step += 1
+            seconds += time.perf_counter() - begin
+            progress.update(task, advance=1, bits=losses[-1])
+        progress.update(task, total=step)
+    if not curve:
+        raise typer.BadParameter("the training diverged before the first evaluation: a smaller --lr may help")
+    network.load_state_dict(torch.load(out / "best.pt", weights_only=True)["network"])
+    epochs, rest = divmod(step, per_epoch)
+    characters = (epochs * (len(data) - 1) + rest * options.steps) * options.batch
+    return network, {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "steps": step,
+        "diverged": diverged,
+        "minutes": (time.perf_counter() - started) / 60,
+        "characters_per_second": characters / seconds,
+        "curve": curve,
+    }
+
+
+def plot(result: dict[str, Any], title: str, path: Path) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [point["epoch"] for point in result["curve"]]
+    for key in ("train_bits", "validation_bits"):
+        axes.plot(epochs, [point[key] for point in result["curve"]], marker=".", label=key.removesuffix("_bits"))
+    axes.plot(epochs[-1:], [result["test_bits"]], "k*", label="test, at the best validation")
+    for (name, bits), style in zip(result["baselines"].items(), (":", "--"), strict=True):
+        axes.axhline(bits, color="gray", linestyle=style, label=f"{name}, test")
+    axes.set(title=title, xlabel="epoch", ylabel="bits a character")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def report(result: dict[str, Any], title: str, console: Console) -> None:
+    table = Table(title="Test, bits a character")
+    for column in ("model", "bits", "parameters", "minutes", "characters/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, bits in result["baselines"].items():
+        table.add_row(name, f"{bits:.3f}")
+    table.add_row(
+        title, f"{result['test_bits']:.3f}", f"{result['parameters']:,}", f"{result['minutes']:.1f}",
+        f"{result['characters_per_second']:,.0f}",
+    )  # fmt: skip
+    console.print(table)
+
+
+def toy(options: Options, console: Console) -> None:
+    """The four steps of "hello": h is followed by e, e by l, but l by l or o, which takes a memory to tell apart."""
+    torch.manual_seed(options.seed)
+    word, vocabulary = "hello", "ehlo"
+    ids = encode(word, vocabulary).unsqueeze(1)
+    network = CharacterModel(replace(options, hidden=16), len(vocabulary), len(ids))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for step in range(101):
+        if step % 20 == 0:
+            bits = evaluate(network, ids, ids)
+            spelled = sample(network, vocabulary, word[0], len(word) - 1, 0.0, options.seed)
+            network.train()
+            console.print(f"step {step:4}  {bits:.3f} bits/character  {spelled}")
+        loss = loss_in_bits(network(ids[:-1])[0], ids[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        network.after_step()
+
+
+def main(
+    context: typer.Context,
+    model: Annotated[Model | None, typer.Option(help="Which to train; gru by default, rnn under --toy.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file; by default pydoc_data.topics.")] = None,
+    use_torch: Annotated[bool, typer.Option("--torch", help="torch.nn's layers, not recattn_kernels'.")] = False,
+    hidden: Annotated[int | None, typer.Option(min=1, help="512 by default.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="6 or 21 of IndRNN, 1 of others by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of a chunk, through which gradients flow.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Parallel streams.")] = 50,
+    epochs: Annotated[int | None, typer.Option(min=1, help="10 by default.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends the training, if epochs do not.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's, at the start; by default what suits the model.")] = None,
+    clip: Annotated[float, typer.Option(help="The largest norm of all gradients together.")] = 1.0,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="Between layers.")] = 0.0,
+    zoneout: Annotated[float, typer.Option(min=0, max=1, help="Not in IndRNN nor in torch.nn.")] = 0.0,
+    layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Not in IndRNN nor in torch.nn.")] = False,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps; by default an epoch.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, dropout and sampling.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Of recattn_kernels: auto, reference, cpp, ...")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and the learning curve.")] = Path("char-lm-results"),
+    resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")] = False,
+    characters: Annotated[int, typer.Option("--sample", min=0, help="Characters to sample at the end.")] = 500,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest character.")] = 0.7,
+    prime: Annotated[str | None, typer.Option(help="What the sample goes on from; the text's start.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A GRU of 256, for a minute.")] = False,
+    spell: Annotated[bool, typer.Option("--toy", help='Learns to spell "hello".')] = False,
+) -> None:
+    """Trains a recurrent network on the characters of a text, measures it, and lets it write."""
+    console = Console(highlight=False)
+    name = model.value if model is not None else "rnn" if spell else "gru"
+    if (use_torch or name not in GATED) and (zoneout > 0 or layer_norm):
+        raise typer.BadParameter(f"{'torch.nn' if use_torch else name} knows no --zoneout and no --layer-norm")
+    if use_torch and (name not in GATED or backend is not None):
+        raise typer.BadParameter("--torch has no IndRNN and takes no --backend")
+    options = Options(
+        model=name, text=None if text is None else str(text), torch=use_torch,
+        hidden=hidden or (256 if quick else 512), layers=layers or (1 if spell else RECIPES[name].layers),
+        steps=steps, batch=batch, epochs=epochs or 10, minutes=minutes or (1.0 if quick else math.inf),
+        lr=RECIPES[name].lr if lr is None else lr, clip=clip, dropout=dropout, zoneout=zoneout, layer_norm=layer_norm,
+        evaluate_every=evaluate_every or (25 if quick else None), seed=seed, backend=backend,
+    )  # fmt: skip
+    if spell:
+        toy(options, console)
+        return
+
+    checkpoint = None
+    if resume:
+        free = {"resume", "out", "epochs", "minutes", "characters", "temperature", "prime"}
+        for key in context.params:
+            source = context.get_parameter_source(key)
+            if key not in free and source is not None and source.name == "COMMANDLINE":
+                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        options = Options(**checkpoint["options"])
+        options = replace(options, epochs=epochs or options.epochs, minutes=minutes or options.minutes)
+    data = read_text(options.text)
+    if checkpoint is not None and checkpoint["digest"] != data.digest:
+        raise typer.BadParameter("--resume: the text is not the one that the checkpoint was trained on")
+    prime = prime or "".join(data.vocabulary[i] for i in data.train[:4])
+    if not set(prime) <= set(data.vocabulary):
+        raise typer.BadParameter(f"--prime: the text has no {sorted(set(prime) - set(data.vocabulary))}")
+
+    out.mkdir(parents=True, exist_ok=True)
+    network, result = train(options, data, checkpoint, out, console)
+    test = streams(data.test, EVALUATION_STREAMS)
+    network.eval()
+    result["test_bits"] = bits_per_character(network, test)
+    result["baselines"] = count_baselines(data.train, test, len(data.vocabulary))
+    result["sample"] = sample(network, data.vocabulary, prime, characters, temperature, options.seed)
+
+    title = f"{RECIPES[options.model].title}, {options.layers} x {options.hidden}{', torch.nn' * options.torch}"
+    settings = {**asdict(options), "minutes": options.minutes if math.isfinite(options.minutes) else None}
+    (out / "curve.json").write_text(json.dumps({"options": settings, **result}, indent=1) + "\n")
+    plot(result, title, out / "curve.png")
+    console.print(result["sample"], markup=False, soft_wrap=True)
+    report(result, title, console)
+    console.print(f"Checkpoints: {out / 'best.pt'}, {out / 'last.pt'}", soft_wrap=True)
+    console.print(f"Learning curve: {out / 'curve.png'}, {out / 'curve.json'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
