@@ -24,6 +24,8 @@ struct Isa {
   void (*column_sum)(const ColumnSum&);
   void (*gated_forward)(const GatedForward&);
   void (*gated_backward)(const GatedBackward&);
+  void (*lstm_step)(const LstmStep&);
+  void (*gru_step)(const GruStep&);
 };
 
 // Widest last.
@@ -31,7 +33,8 @@ const std::vector<Isa>& isas() {
   static const std::vector<Isa> table = {
 #define RECATTN_ISA_ROW(name, ns, supported)                                                           \
   {name,     supported,      ns::indrnn_forward, ns::indrnn_backward, \
-   ns::gemm, ns::column_sum, ns::gated_forward,  ns::gated_backward}
+   ns::gemm, ns::column_sum, ns::gated_forward,  ns::gated_backward,  \
+   ns::lstm_step, ns::gru_step}
 #ifdef __x86_64__
       RECATTN_ISA_ROW("x86-64", isa_base, true),
       RECATTN_ISA_ROW("avx2", isa_v3,
@@ -262,5 +265,45 @@ PYBIND11_MODULE(_cpu, m) {
     p.grad_ln_c_bias = pointer(grads[7]);
     py::gil_scoped_release release;
     current()->gated_backward(p);
+  });
+
+  // A forward gives h and c_n; a backward, grads (grad_h, grad_c_n, grad_gates, grad_c).
+  m.def("lstm_step", [](std::tuple<int64_t, int64_t> sizes, int dtype, int threads, std::tuple<uintptr_t, int64_t> gates,
+                        uintptr_t c, uintptr_t h, uintptr_t c_n, const Four& grads) {
+    LstmStep p{};
+    std::tie(p.B, p.H) = sizes;
+    p.dtype = Dtype(dtype);
+    p.threads = threads;
+    p.gates = pointer(std::get<0>(gates));
+    p.gates_stride = std::get<1>(gates);
+    p.c = pointer(c);
+    p.h = pointer(h);
+    p.c_n = pointer(c_n);
+    p.grad_h = pointer(std::get<0>(grads));
+    p.grad_c_n = pointer(std::get<1>(grads));
+    p.grad_gates = pointer(std::get<2>(grads));
+    p.grad_c = pointer(std::get<3>(grads));
+    py::gil_scoped_release release;
+    current()->lstm_step(p);
+  });
+
+  // A forward gives h_n; a backward, grads (grad_h_n, grad_x_gates, grad_h_gates, grad_h).
+  m.def("gru_step", [](std::tuple<int64_t, int64_t> sizes, int dtype, int threads, std::tuple<uintptr_t, int64_t> x_gates,
+                       uintptr_t h_gates, uintptr_t h, uintptr_t h_n, const Four& grads) {
+    GruStep p{};
+    std::tie(p.B, p.H) = sizes;
+    p.dtype = Dtype(dtype);
+    p.threads = threads;
+    p.x_gates = pointer(std::get<0>(x_gates));
+    p.x_stride = std::get<1>(x_gates);
+    p.h_gates = pointer(h_gates);
+    p.h = pointer(h);
+    p.h_n = pointer(h_n);
+    p.grad_h_n = pointer(std::get<0>(grads));
+    p.grad_x_gates = pointer(std::get<1>(grads));
+    p.grad_h_gates = pointer(std::get<2>(grads));
+    p.grad_h = pointer(std::get<3>(grads));
+    py::gil_scoped_release release;
+    current()->gru_step(p);
   });
 }

@@ -109,6 +109,32 @@ struct GatedBackward : Gated {
   void *grad_weight_hh, *grad_bias_hh, *grad_ln_weight, *grad_ln_bias, *grad_ln_c_weight, *grad_ln_c_bias;
 };
 
+// One step from its gates. In a backward the gradients are set, and the outputs are not. Everything is contiguous but
+// what has a stride between its rows, and R but what dtype is said of.
+struct Step {
+  int64_t B, H;
+  Dtype dtype;  // of the lstm's gates, h and their gradients; of the gru's x_gates and their gradient
+  int threads;
+};
+
+struct LstmStep : Step {
+  const void* gates;  // (B, 4 H)
+  int64_t gates_stride;
+  const void* c;                       // (B, H)
+  void *h, *c_n;                       // (B, H)
+  const void *grad_h, *grad_c_n;       // (B, H) or null
+  void *grad_gates, *grad_c;
+};
+
+struct GruStep : Step {
+  const void* x_gates;  // (B, 3 H)
+  int64_t x_stride;
+  const void *h_gates, *h;  // (B, 3 H), (B, H)
+  void* h_n;                // (B, H)
+  const void* grad_h_n;     // (B, H)
+  void *grad_x_gates, *grad_h_gates, *grad_h;
+};
+
 #define RECATTN_DECLARE(isa)                      \
   namespace isa {                                 \
   void indrnn_forward(const IndrnnForward& p);    \
@@ -117,6 +143,8 @@ struct GatedBackward : Gated {
   void column_sum(const ColumnSum& p);            \
   void gated_forward(const GatedForward& p);      \
   void gated_backward(const GatedBackward& p);    \
+  void lstm_step(const LstmStep& p);              \
+  void gru_step(const GruStep& p);                \
   }
 
 RECATTN_DECLARE(isa_base)
