@@ -6,8 +6,10 @@ from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
 from recattn_kernels.ops.gru import gru
+from recattn_kernels.ops.gru_step import gru_step
 from recattn_kernels.ops.indrnn import indrnn
 from recattn_kernels.ops.lstm import lstm
+from recattn_kernels.ops.lstm_step import lstm_step
 from recattn_kernels.ops.rnn import rnn
 
 __version__ = "0.1.0"
@@ -25,8 +27,10 @@ __all__ = [
     "RNNCell",
     "explain",
     "gru",
+    "gru_step",
     "indrnn",
     "lstm",
+    "lstm_step",
     "patch_model",
     "rnn",
     "unpatch_model",

@@ -48,12 +48,23 @@ def device(op: str, name: str, value: Tensor, other: str, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on {like.device} as {other} is, got {value.device}")
 
 
-def parameter(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor) -> None:
+def gates(op: str, name: str, value: Any, count: int) -> None:
+    """(B, count * H), floating."""
+    tensor(op, name, value)
+    rank(op, name, value, f"(B, {count}H)")
+    dtype(op, name, value, FLOATING)
+    if value.shape[1] % count != 0:
+        raise ValueError(f"{op}: {name} must be (B, {count}H), got {tuple(value.shape)}")
+
+
+def parameter(
+    op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor, beside: str = "x"
+) -> None:
     """A weight, bias or state beside x: x's dtype, or float32 beside a 16-bit x (which is what autocast gives)."""
     tensor(op, name, value)
     shape(op, name, value, symbols, expected)
     dtype(op, name, value, (x.dtype, torch.float32) if x.dtype in SIXTEEN_BIT else (x.dtype,))
-    device(op, name, value, "x", x)
+    device(op, name, value, beside, x)
 
 
 def choice(op: str, name: str, value: Any, options: Collection[str]) -> None:

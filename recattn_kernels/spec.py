@@ -70,6 +70,9 @@ class OpSpec:
     inputs: Inputs
     # (workload, dtype, backward) -> least bytes to move, floating-point operations
     cost: Callable[[Workload, torch.dtype, bool], tuple[int, int]]
+    # n -> float32 arguments of a size of their own. None: those of the sample "plain" will do, the first at another
+    # size of its first two dimensions.
+    sized: Callable[[int], tuple[Any, ...]] | None = None
     scratch: float = 0.5  # what a fused backward may allocate beyond its results, as a share of them
     sweeps: tuple[Sweep, ...] = ()
     # Keyword arguments of function, each a line of its own in a sweep for every backend that takes them. The first are

@@ -138,8 +138,8 @@ def test_one_compilation_serves_every_size(spec: OpSpec) -> None:
     sample = next(s for s in spec.samples if s.name == "plain")
     (x, *rest), _ = arguments(sample, torch.float32)
     for size in (5, 7, 11):
-        x_ = torch.randn(size, size + 1, *x.shape[2:])
-        torch.testing.assert_close(compiled(x_, *rest), spec.function(x_, *rest))
+        args = (torch.randn(size, size + 1, *x.shape[2:]), *rest) if spec.sized is None else spec.sized(size)
+        torch.testing.assert_close(compiled(*args), spec.function(*args))
     assert counter.frame_count == 1
 
 
