@@ -173,35 +173,43 @@ class Backward {
     constexpr int MOST = Weights::MOST_ROWS;
     alignas(64) R result[MOST * Weights::WIDTH];
     const R* rows[MOST];
-    int64_t b_of[MOST], at[MOST], b = share.b0;
+    int64_t b_of[MOST], b = share.b0;
     while (b < share.b1) {
-      int64_t n = 0, sources = 0;
+      int64_t n = 0;
       for (; b < share.b1 && n < MOST; ++b) {
         if (WHICH != Phase::start && t >= steps_of(p, b)) continue;
-        const R* row = source<WHICH>(t, b);
-        if (row) rows[sources] = row;
-        at[n] = row ? sources++ : -1;
-        b_of[n++] = b;
+        rows[n] = source<WHICH>(t, b);
+        if (rows[n]) {
+          b_of[n++] = b;
+        } else {
+          for (int64_t i = share.panel0; i < share.panel1; ++i) finish_panel<WHICH>(t, b, i, nullptr, local);
+        }
       }
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
-        const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
-        if (!by_rows && WHICH == Phase::later) {
-          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
-        }
-        if (sources > 0) weights.product(rows, sources, i, result);
-        for (int64_t r = 0; r < n; ++r) {
-          const R* sum = at[r] < 0 ? nullptr : result + at[r] * Weights::WIDTH;
-          if (units == Weights::UNITS) {
-            finish<WHICH>(t, b_of[r], j, Weights::UNITS, sum, local);
-          } else {
-            finish<WHICH>(t, b_of[r], j, units, sum, local);
-          }
-        }
+        const auto before = [&](int64_t from, int64_t to) {
+          for (int64_t r = from; r < to && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
+        };
+        const auto after = [&](int64_t from, int64_t to) {
+          for (int64_t r = from; r < to; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local);
+        };
+        weights.product(rows, n, i, result, before, after);
       }
     }
   }
 
-  void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
+  template <Phase WHICH>
+  void finish_panel(int64_t t, int64_t b, int64_t i, const R* sum, R* local) {
+    const int64_t j = i * Weights::UNITS, n = p.H - j;
+    if (n >= Weights::UNITS) {
+      finish<WHICH>(t, b, j, Weights::UNITS, sum, local);
+    } else {
+      finish<WHICH>(t, b, j, n, sum, local);
+    }
+  }
+
+  // Memory that a row's gradients are computed from and stored to, on its way while the product is computed.
+  void ask_for(int64_t t, int64_t b, int64_t i) const {
+    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j);
     if (p.gates) {
       for (int g = 0; g < KEPT; ++g) fetch<0>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
     }

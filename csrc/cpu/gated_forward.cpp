@@ -178,18 +178,20 @@ class Forward {
       }
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
         const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
-        if (!by_rows) {
-          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
-        }
-        weights.product(rows, n, i, sums);
-        for (int64_t r = 0; r < n; ++r) {
-          const R* q = sums + r * Weights::WIDTH;
-          if (units == Weights::UNITS) {
-            finish<SECOND>(t, b_of[r], j, Weights::UNITS, q, Weights::UNITS, local);
-          } else {
-            finish<SECOND>(t, b_of[r], j, units, q, Weights::UNITS, local);
+        const auto before = [&](int64_t from, int64_t to) {
+          for (int64_t r = from; r < to && !by_rows; ++r) ask_for(t, b_of[r], j, units);
+        };
+        const auto after = [&](int64_t from, int64_t to) {
+          for (int64_t r = from; r < to; ++r) {
+            const R* q = sums + r * Weights::WIDTH;
+            if (units == Weights::UNITS) {
+              finish<SECOND>(t, b_of[r], j, Weights::UNITS, q, Weights::UNITS, local);
+            } else {
+              finish<SECOND>(t, b_of[r], j, units, q, Weights::UNITS, local);
+            }
           }
-        }
+        };
+        weights.product(rows, n, i, sums, before, after);
       }
     }
   }
