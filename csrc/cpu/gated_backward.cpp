@@ -186,13 +186,9 @@ class Backward {
         }
       }
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
-        const auto before = [&](int64_t from, int64_t to) {
-          for (int64_t r = from; r < to && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
-        };
-        const auto after = [&](int64_t from, int64_t to) {
-          for (int64_t r = from; r < to; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local);
-        };
-        weights.product(rows, n, i, result, before, after);
+        for (int64_t r = 0; r < n && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
+        weights.product(rows, n, i, result);
+        for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local);
       }
     }
   }
@@ -207,14 +203,12 @@ class Backward {
     }
   }
 
-  // Memory that a row's gradients are computed from and stored to, on its way while the product is computed.
+  // What this step writes of a row and the next one reads.
   void ask_for(int64_t t, int64_t b, int64_t i) const {
-    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j);
-    if (p.gates) {
-      for (int g = 0; g < KEPT; ++g) fetch<0>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
-    }
-    if (LSTM) fetch<0>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
-    if (p.grad_output.data) fetch<0>(place(p.grad_output, p.dtype, t, b, j), n * size_of(p.dtype));
+    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), next = p.reverse ? t + 1 : t - 1;
+    for (int g = 0; g < KEPT && p.gates; ++g) fetch(kept(p.gates, KEPT, next, b) + g * p.H + j, n * sizeof(R));
+    if (LSTM) fetch(kept(p.cells, 1, next, b) + j, n * sizeof(R));
+    if (p.grad_output.data) fetch(place(p.grad_output, p.dtype, next, b, j), n * size_of(p.dtype));
     for (int g = 0; g < G; ++g) {
       fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
       if (p.grad_r) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));

@@ -86,14 +86,13 @@ struct Tiles {
     }
   }
 
+ private:
   static Function of_height(int64_t height) {
-    static constexpr Function table[] = {tile<1, V, R>,           tile<2, V, R>,           tile<3, V, R>,
+    static constexpr Function table[] = {tile<1, V, R>,       tile<2, V, R>,       tile<3, V, R>,
                                          tile<most(4), V, R>, tile<most(5), V, R>, tile<most(6), V, R>,
                                          tile<most(7), V, R>, tile<most(8), V, R>};
     return table[height - 1];
   }
-
- private:
   static constexpr int most(int height) { return height < ROWS ? height : ROWS; }
 };
 
@@ -185,22 +184,14 @@ struct Panels {
   // Rows and this many k of a panel stay in the second-level cache while the rows' tiles go over them.
   static constexpr int64_t K_BLOCK = 512;
 
-  // out[r][gate][unit of panel i], WIDTH elements a row, for n rows. before(from, to) is called ahead of the tile of
-  // these rows, after(from, to) behind it.
-  template <class Before, class After>
-  void product(const R* const* rows, int64_t n, int64_t i, R* out, Before before, After after) const {
-    const int64_t blocks = ceil_div(K, K_BLOCK), tiles = ceil_div(n, Tiles<V, R>::ROWS);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t k0 = part(K, block, blocks), k1 = part(K, block + 1, blocks);
-      for (int64_t number = 0; number < tiles; ++number) {
-        const int64_t from = part(n, number, tiles), to = part(n, number + 1, tiles);
-        const R* row[Tiles<V, R>::ROWS];
-        for (int64_t r = from; r < to; ++r) row[r - from] = rows[r] + k0;
-        if (block == blocks - 1) before(from, to);
-        Tiles<V, R>::of_height(to - from)(row, weights + i * panel + k0 * step, step, k1 - k0, out + from * WIDTH,
-                                          WIDTH, block == 0);
-        if (block == blocks - 1) after(from, to);
-      }
+  // out[r][gate][unit of panel i], WIDTH elements a row, for n rows.
+  void product(const R* const* rows, int64_t n, int64_t i, R* out) const {
+    const int64_t blocks = ceil_div(K, K_BLOCK);
+    const R* block[MOST_ROWS];
+    for (int64_t number = 0; number < blocks; ++number) {
+      const int64_t k0 = part(K, number, blocks), k1 = part(K, number + 1, blocks);
+      for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + k0;
+      Tiles<V, R>::run(block, n, weights + i * panel + k0 * step, step, k1 - k0, out, WIDTH, number == 0);
     }
   }
 
