@@ -173,40 +173,42 @@ class Backward {
     constexpr int MOST = Weights::MOST_ROWS;
     alignas(64) R result[MOST * Weights::WIDTH];
     const R* rows[MOST];
-    int64_t b_of[MOST], at[MOST], b = share.b0;
+    int64_t b_of[MOST], b = share.b0;
     while (b < share.b1) {
-      int64_t n = 0, sources = 0;
+      int64_t n = 0;
       for (; b < share.b1 && n < MOST; ++b) {
         if (WHICH != Phase::start && t >= steps_of(p, b)) continue;
-        const R* row = source<WHICH>(t, b);
-        if (row) rows[sources] = row;
-        at[n] = row ? sources++ : -1;
-        b_of[n++] = b;
+        rows[n] = source<WHICH>(t, b);
+        if (rows[n]) {
+          b_of[n++] = b;
+        } else {
+          for (int64_t i = share.panel0; i < share.panel1; ++i) finish_panel<WHICH>(t, b, i, nullptr, local);
+        }
       }
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
-        const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
-        if (!by_rows && WHICH == Phase::later) {
-          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
-        }
-        if (sources > 0) weights.product(rows, sources, i, result);
-        for (int64_t r = 0; r < n; ++r) {
-          const R* sum = at[r] < 0 ? nullptr : result + at[r] * Weights::WIDTH;
-          if (units == Weights::UNITS) {
-            finish<WHICH>(t, b_of[r], j, Weights::UNITS, sum, local);
-          } else {
-            finish<WHICH>(t, b_of[r], j, units, sum, local);
-          }
-        }
+        for (int64_t r = 0; r < n && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
+        weights.product(rows, n, i, result);
+        for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local);
       }
     }
   }
 
-  void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
-    if (p.gates) {
-      for (int g = 0; g < KEPT; ++g) fetch<0>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
+  template <Phase WHICH>
+  void finish_panel(int64_t t, int64_t b, int64_t i, const R* sum, R* local) {
+    const int64_t j = i * Weights::UNITS, n = p.H - j;
+    if (n >= Weights::UNITS) {
+      finish<WHICH>(t, b, j, Weights::UNITS, sum, local);
+    } else {
+      finish<WHICH>(t, b, j, n, sum, local);
     }
-    if (LSTM) fetch<0>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
-    if (p.grad_output.data) fetch<0>(place(p.grad_output, p.dtype, t, b, j), n * size_of(p.dtype));
+  }
+
+  // What this step writes of a row and the next one reads.
+  void ask_for(int64_t t, int64_t b, int64_t i) const {
+    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), next = p.reverse ? t + 1 : t - 1;
+    for (int g = 0; g < KEPT && p.gates; ++g) fetch(kept(p.gates, KEPT, next, b) + g * p.H + j, n * sizeof(R));
+    if (LSTM) fetch(kept(p.cells, 1, next, b) + j, n * sizeof(R));
+    if (p.grad_output.data) fetch(place(p.grad_output, p.dtype, next, b, j), n * size_of(p.dtype));
     for (int g = 0; g < G; ++g) {
       fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
       if (p.grad_r) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));

@@ -178,9 +178,7 @@ class Forward {
       }
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
         const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
-        if (!by_rows) {
-          for (int64_t r = 0; r < n; ++r) ask_for(t, b_of[r], j, units);
-        }
+        for (int64_t r = 0; r < n && !by_rows; ++r) ask_for(t, b_of[r], j, units);
         weights.product(rows, n, i, sums);
         for (int64_t r = 0; r < n; ++r) {
           const R* q = sums + r * Weights::WIDTH;
@@ -194,12 +192,12 @@ class Forward {
     }
   }
 
-  // Memory that a row's gates are computed from and stored to, on its way while the product is computed.
+  // What this step writes of a row and the next one reads: lines too far apart for the hardware's prefetchers to follow.
+  // Beyond the end of memory this does nothing.
   void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
-    for (int g = 0; g < G; ++g) fetch<0>(place(p.x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
-    if (p.gates) {
-      for (int g = 0; g < KEPT; ++g) fetch<1>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
-    }
+    const int64_t next = p.reverse ? t - 1 : t + 1;
+    for (int g = 0; g < G; ++g) fetch(place(p.x, p.dtype, next, b, g * p.H + j), n * size_of(p.dtype));
+    for (int g = 0; g < KEPT && p.gates; ++g) fetch<1>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
     if (p.cells) fetch<1>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
     fetch<1>(place(p.output, p.dtype, t, b, j), n * size_of(p.dtype));
   }

@@ -88,7 +88,7 @@ struct Tiles {
 
  private:
   static Function of_height(int64_t height) {
-    static constexpr Function table[] = {tile<1, V, R>,           tile<2, V, R>,           tile<3, V, R>,
+    static constexpr Function table[] = {tile<1, V, R>,       tile<2, V, R>,       tile<3, V, R>,
                                          tile<most(4), V, R>, tile<most(5), V, R>, tile<most(6), V, R>,
                                          tile<most(7), V, R>, tile<most(8), V, R>};
     return table[height - 1];
@@ -184,15 +184,14 @@ struct Panels {
   // Rows and this many k of a panel stay in the second-level cache while the rows' tiles go over them.
   static constexpr int64_t K_BLOCK = 512;
 
-  // out[r][gate][unit of the panel], WIDTH elements a row.
+  // out[r][gate][unit of panel i], WIDTH elements a row, for n rows.
   void product(const R* const* rows, int64_t n, int64_t i, R* out) const {
     const int64_t blocks = ceil_div(K, K_BLOCK);
-    if (blocks == 1) return Tiles<V, R>::run(rows, n, weights + i * panel, step, K, out, WIDTH, true);
     const R* block[MOST_ROWS];
-    for (int64_t part_of_k = 0; part_of_k < blocks; ++part_of_k) {
-      const int64_t from = part(K, part_of_k, blocks), to = part(K, part_of_k + 1, blocks);
-      for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + from;
-      Tiles<V, R>::run(block, n, weights + i * panel + from * step, step, to - from, out, WIDTH, from == 0);
+    for (int64_t number = 0; number < blocks; ++number) {
+      const int64_t k0 = part(K, number, blocks), k1 = part(K, number + 1, blocks);
+      for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + k0;
+      Tiles<V, R>::run(block, n, weights + i * panel + k0 * step, step, k1 - k0, out, WIDTH, number == 0);
     }
   }
 
