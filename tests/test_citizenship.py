@@ -192,7 +192,8 @@ def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
     weight = torch.eye(x.shape[-1], requires_grad=True)
     with torch.autocast("cpu", dtype):
         outputs = tensors(spec.function(x @ weight, *rest))
-    assert outputs[0].dtype == dtype
+    plain = tensors(spec.function(x.to(dtype), *rest, backend="reference"))
+    assert [o.dtype for o in outputs] == [o.dtype for o in plain]
     grads = torch.autograd.grad(sum(o.float().sum() for o in outputs), [weight, *rest])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
@@ -249,7 +250,7 @@ def test_meta_tensors_have_the_shapes(spec: OpSpec) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
     """A fused call allocates its results and less than half of them besides, in a backward what the op declares; and
-    its parameters once more, in the type of the arithmetic."""
+    its parameters and states once more, in the type of the arithmetic, each way."""
     workload = spec.workloads[0]
     args, kwargs = spec.inputs(workload, dtype, "cpu", torch.Generator().manual_seed(0))
     parameters = 4 * sum(t.numel() for t in tensors((args[1:], kwargs))) if dtype != torch.float32 else 0
@@ -263,11 +264,11 @@ def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
 
     with torch.no_grad():
         forward, size = allocated(lambda: spec.function(*args, **kwargs, backend="cpp"))
-    assert size <= forward < 1.5 * size + parameters
+    assert size <= forward < 1.5 * size + 2 * parameters
     outputs = tensors(spec.function(*args, **kwargs, backend="cpp"))
     grad = torch.randn_like(outputs[0])
     backward, size = allocated(lambda: torch.autograd.grad(outputs[0], tensors((args, kwargs)), grad))
-    assert size <= backward < (1 + spec.scratch) * size + 2 * parameters  # and their gradients
+    assert size <= backward < (1 + spec.scratch) * size + 2 * parameters
 
 
 @pytest.mark.parametrize("value", ["reference", "tpu"])
