@@ -19,16 +19,22 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _packed(input, weight, bias):
         return F.linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    output: Tensor = _Projection.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and True in [t.requires_grad for t in (input, weight, bias) if t is not None]:
+        output: Tensor = _Projection.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    else:
+        output = matmul(rows, weight.t(), bias)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 
 def _packed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    # Of a few rows a product takes as long as reading weight, and F.linear costs less Python.
+    if input.numel() < 16 * input.shape[-1] or input.shape[-1] == 0:
+        return False
     if input.dtype != torch.float32 or weight.dtype != torch.float32 or input.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or backends.under_transform() or backends.dispatches(input, weight, bias):
         return False
-    return input.numel() > 0 and not isinstance(backends.extension("_cpu"), str)
+    return not isinstance(backends.extension("_cpu"), str)
 
 
 class _Projection(torch.autograd.Function):

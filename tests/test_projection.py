@@ -1,0 +1,73 @@
+"""The layers' product of all steps: that of F.linear, and so are its derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recattn_kernels import backends
+from recattn_kernels.layers import projection
+from recattn_kernels.layers.projection import column_sum, matmul, project
+
+pytestmark = pytest.mark.skipif(isinstance(backends.extension("_cpu"), str), reason="the extension _cpu is not built")
+
+
+def arguments(*rows: int, bias: bool = True) -> list[Tensor]:
+    shapes = [(*rows, 33), (70, 33), *([(70,)] if bias else [])]
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("rows", [(40,), (9, 5), (16,), (15,), (3, 20, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_linear_and_its_derivatives(rows: tuple[int, ...], bias: bool) -> None:
+    args = arguments(*rows, bias=bias)
+    results = []
+    for function in (F.linear, project):
+        output = function(*args, *([] if bias else [None]))
+        grads = torch.autograd.grad(output.sin().sum(), args, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), args)
+        results.append([output, *grads, *second])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
+
+
+def test_our_product_is_taken() -> None:
+    x, weight, bias = arguments(40)
+    output = project(x, weight, bias)
+    assert type(output.grad_fn.next_functions[0][0]).__name__ == "_ProjectionBackward"
+    with torch.no_grad():
+        assert torch.equal(project(x, weight, bias), output)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_arguments(frozen: int) -> None:
+    args = arguments(40)
+    args[frozen].requires_grad_(False)
+    wanted = [t for t in args if t.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad(project(*args).sum(), wanted), torch.autograd.grad(F.linear(*args).sum(), wanted)
+    )
+
+
+def test_strides() -> None:
+    a, b = torch.randn(50, 40).t(), torch.randn(60, 2, 50).transpose(0, 2)[:, 1]
+    torch.testing.assert_close(matmul(a, b), a @ b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(column_sum(a), a.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "matmul", None)
+    x, weight, bias = (t.detach().to(dtype) for t in arguments(40))
+    assert torch.equal(project(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_autocast_and_transforms_are_left_to_torch() -> None:
+    x, weight, bias = (t.detach() for t in arguments(40))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert project(x, weight, bias).dtype == torch.bfloat16
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(torch.vmap(lambda x: project(x, weight, bias))(x.expand(2, 40, 33))[1], expected)
+    compiled = torch.compile(project, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, weight, bias), expected)
