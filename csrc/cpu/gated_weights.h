@@ -1,5 +1,5 @@
-// dL/dweight_hh[m, n] = sum over steps t and rows b of grad_r[t, b, m] * h[t-1, b, n], as one product after the scan, and
-// with it dL/dbias_hh[m] = sum of grad_r[t, b, m].
+// dL/dweight_hh[m, n] = sum over steps t and rows b of grad_r[t, b, m] * h[t-1, b, n], as one product after the scan,
+// and with it dL/dbias_hh[m] = sum of grad_r[t, b, m].
 //
 // Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_r, transposed,
 // by the thread whose rows m of the result it makes. Every element is summed in the order of the steps by one thread:
@@ -21,7 +21,7 @@ struct Term {
   bool wide;
 };
 
-// f(i, term) for the terms of a product in their order, i < size; false after the last.
+// Terms::next(position, term) gives the terms in their order, and false after the last.
 template <class R, class Terms>
 class WeightProduct {
   using Packed = Panels<1, R>;
@@ -31,7 +31,8 @@ class WeightProduct {
  public:
   // M columns of the gradients, N of the states. to: (M, N), or null; sums: (M,), or null.
   WeightProduct(const Terms& terms, Dtype dtype, int64_t M, int64_t N, R* to, R* sums, int threads)
-      : terms(terms), dtype(dtype), M(M), N(N), to(to), sums(sums), threads(threads), panels(ceil_div(N, Packed::UNITS)),
+      : terms(terms), dtype(dtype), M(M), N(N), to(to), sums(sums), threads(threads),
+        panels(ceil_div(N, Packed::UNITS)),
         memory(Workspace::bytes<R>(2 * panels * BLOCK * Packed::UNITS) + Workspace::bytes<double>(M) +
                threads * Workspace::bytes<R>((CHUNK + LANE) * BLOCK)),
         states(memory.template take<R>(2 * panels * BLOCK * Packed::UNITS)), totals(memory.template take<double>(M)),
@@ -123,7 +124,8 @@ class WeightProduct {
       Tiles<Packed::V, R>::run(rows, height, weights, Packed::UNITS, K, edge, Packed::UNITS, true);
       for (int64_t i = 0; i < height; ++i) {
         R* row = to + (m + i) * N + j;
-        for (int64_t l = 0; l < n; ++l) row[l] = first ? edge[i * Packed::UNITS + l] : row[l] + edge[i * Packed::UNITS + l];
+        const R* sum = edge + i * Packed::UNITS;
+        for (int64_t l = 0; l < n; ++l) row[l] = first ? sum[l] : row[l] + sum[l];
       }
     }
   }
