@@ -18,13 +18,14 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """triton.jit for a kernel that is compiled once, whatever the sizes (one letter each), strides or alignment."""
+def kernel(function: Callable[..., None], aligned: tuple[str, ...] = ()) -> Any:
+    """triton.jit for a kernel that is compiled once, whatever the sizes (one letter each), strides or alignment. Of the
+    pointers named in aligned it matters whether they are multiples of 16 bytes."""
     names = list(inspect.signature(function).parameters)
     return triton.jit(
         function,
         do_not_specialize=[name for name in names if len(name) == 1 or "_stride_" in name],
-        do_not_specialize_on_alignment=[name for name in names if name.endswith("_ptr")],
+        do_not_specialize_on_alignment=[n for n in names if n.endswith("_ptr") and n not in aligned],
     )
 
 
@@ -33,17 +34,19 @@ class Machine(NamedTuple):
 
     lanes: int  # of a warp, or of an AMD wavefront
     multiprocessors: int
+    shared: int  # bytes of shared memory that a program may use
     interpreted: bool = False
 
 
 # The interpreter's, so small that the tests' samples meet the configurations for few and for many columns.
-INTERPRETER = Machine(lanes=32, multiprocessors=1, interpreted=True)
+INTERPRETER = Machine(lanes=32, multiprocessors=1, shared=2**17, interpreted=True)
 
 
 @functools.cache
 def _gpu(index: int) -> Machine:
     properties = torch.cuda.get_device_properties(index)
-    return Machine(properties.warp_size, properties.multi_processor_count)
+    shared = getattr(properties, "shared_memory_per_block_optin", 2**16)  # ROCm names none: every GPU of its has 64 KB
+    return Machine(properties.warp_size, properties.multi_processor_count, shared)
 
 
 def machine(x: Tensor) -> Machine:
@@ -53,6 +56,13 @@ def machine(x: Tensor) -> Machine:
 def guard(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
+    """The arguments of a kernel that are a sequence: its pointer and its strides over time and the batch."""
+    if x is None:
+        return {f"{name}_ptr": None, f"{name}_stride_t": 0, f"{name}_stride_b": 0}
+    return {f"{name}_ptr": x, f"{name}_stride_t": x.stride(time), f"{name}_stride_b": x.stride(1 - time)}
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,17 @@ class Launch:
     args: dict[str, Any]
     num_warps: int
     registers: int
+    num_stages: int = 1
 
     def options(self, backend: str) -> dict[str, Any]:
-        """Of the compilation. One stage: the kernels issue their loads ahead themselves. Fused multiply-adds are
+        """Of the compilation. One stage where the kernels issue their loads ahead themselves. Fused multiply-adds are
         wanted: they only drop a rounding."""
         cap = {"maxnreg": self.registers} if backend == "cuda" else {}
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True} | cap
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | cap
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.options("hip" if torch.version.hip else "cuda"))
+    def run(self, **moved: int) -> None:
+        """moved: arguments in place of those of the same name."""
+        self.kernel[self.grid](**(self.args | moved), **self.options("hip" if torch.version.hip else "cuda"))
 
     def specialisation(self, target: GPUTarget) -> tuple[Any, ...]:
         """Options, signature, constexprs and attributes that a call with these arguments is compiled for on target.

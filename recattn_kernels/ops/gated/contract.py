@@ -190,3 +190,14 @@ def backward(op: str, *args: Any) -> tuple[Tensor, ...]:
 def cpp_refusal(call: Call) -> str | None:
     """The CPU kernels take every call."""
     return None
+
+
+def triton_refusal(call: Call) -> str | None:
+    """Why the Triton kernels cannot run the call."""
+    if call.x.dtype == torch.float64:
+        return "it has no float64 kernel"
+    if call.ln_weight is not None:
+        return "it has no layer normalisation, which needs all gates of a row at once"
+    if call.cell == "gru_before":
+        return "it has no reset_after=False, whose two products depend on each other"
+    return None

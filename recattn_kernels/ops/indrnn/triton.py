@@ -14,7 +14,7 @@ from recattn_kernels.ops.indrnn.scan import PIECEWISE, applies
 from recattn_kernels.ops.indrnn.triton_kernels import backward_kernel, forward_kernel, sum_rows_kernel
 from recattn_kernels.ops.indrnn.triton_scan_kernels import backward_scan_kernel, forward_scan_kernel
 from recattn_kernels.strides import contiguous, contiguous_rows
-from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants, guard, machine
+from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants, guard, machine, strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,12 +44,6 @@ def config(table: dict[str, Config], call: Call, on: Machine) -> Config:
         return table["many"]
     slow = call.activation in ("tanh", "sigmoid") or call.reset is not None or call.lengths is not None
     return table["few slow" if slow else "few"]
-
-
-def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
-    if x is None:
-        return {f"{name}_ptr": None, f"{name}_stride_t": 0, f"{name}_stride_b": 0}
-    return {f"{name}_ptr": x, f"{name}_stride_t": x.stride(time), f"{name}_stride_b": x.stride(1 - time)}
 
 
 def launch(kernel: Any, call: Call, grid: int, chosen: Config, own: dict[str, Any]) -> Launch:
@@ -179,7 +173,7 @@ def aot_variants(lanes: int, full: bool) -> Variants:
             "scan" * scan,
         )  # fmt: skip
         name = "-".join(filter(None, words))
-        forward, backward, sums = example(Machine(lanes, 1), activation, dtype, gated, reverse, few, algorithm)
+        forward, backward, sums = example(Machine(lanes, 1, 2**16), activation, dtype, gated, reverse, few, algorithm)
         exchange = 20 * lanes * 8 if scan else 0  # between the warps: the maps of their chunks, 5 numbers each
         if not scan or activation in PIECEWISE:
             yield Variant(f"forward-{name}", forward, shared=exchange)
@@ -192,6 +186,6 @@ def aot_same(lanes: int) -> SameCompilation:
     """Launches that differ in T and B alone, and in the strides that follow from them."""
     for gated, algorithm in itertools.product((False, True), ("sequential", "scan")):
         yield [
-            example(Machine(lanes, 1), "relu", torch.bfloat16, gated, gated, True, algorithm, T, B)
+            example(Machine(lanes, 1, 2**16), "relu", torch.bfloat16, gated, gated, True, algorithm, T, B)
             for T, B in ((1, 1), (2, 1), (1, 16), (16, 16), (784, 32), (100_000, 73))
         ]

@@ -1,0 +1,286 @@
+"""rnn, lstm and gru in Triton: which kernels run a call, their configurations, and what is compiled ahead of time.
+
+The products are taken in weight_hh's type and summed in float32. What has no dependence on time, the gradients of
+weight_hh and bias_hh, is left to torch, over all steps at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from recattn_kernels.ops.gated.contract import KEPT, Call, Kept, empty_backward, empty_forward, reads_output
+from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
+from recattn_kernels.ops.gated.triton_step_kernels import backward_step_kernel, forward_step_kernel
+from recattn_kernels.strides import contiguous, contiguous_rows
+from recattn_kernels.triton_launch import Launch, Machine, guard, machine, strided
+
+
+class Config(NamedTuple):
+    rows: int
+    units: int
+    inner: int  # of a product at a time
+    num_warps: int  # of 32 lanes
+    num_stages: int = 1
+
+
+REGISTERS = 255
+# One product's blocks of a step kernel, by the bytes of a weight. The rows are those of the first line that has enough.
+STEP = {
+    2: (Config(16, 32, 64, 4, 3), Config(32, 32, 64, 4, 3), Config(64, 32, 64, 8, 3)),
+    4: (Config(16, 16, 32, 4, 3), Config(32, 32, 32, 8, 3)),
+}
+# Where rows of weights do not start at multiples of 16 bytes, and elements are loaded one by one.
+UNALIGNED_STEP = Config(16, 16, 32, 4)
+# The interpreter's, so small that the tests' samples are several blocks.
+INTERPRETER_STEP = Config(16, 16, 16, 4)
+
+
+def precision(weight_hh: Tensor) -> str:
+    """How float32 is multiplied: exactly, unless torch's own products are allowed TF32."""
+    if weight_hh.device.type == "cpu":
+        return "interpreted"
+    return "tf32" if weight_hh.dtype == torch.float32 and allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # allow_tf32 raises where the newer setting has been used.
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
+def sequence_config(call: Call) -> Config:
+    _, _, H = call.sizes
+    units = max(16, triton.next_power_of_2(H))
+    # Rows: the least that a matrix unit takes. Without one (float32) each is work of its own, and a few suffice.
+    rows = 4 if call.weight_hh.dtype == torch.float32 and precision(call.weight_hh) != "tf32" else 16
+    return Config(rows, units, units, 4 if units <= 32 else 8)
+
+
+def step_config(call: Call, on: Machine) -> Config:
+    _, B, H = call.sizes
+    if on.interpreted:
+        return INTERPRETER_STEP
+    if H % 8 != 0:
+        return UNALIGNED_STEP
+    table = STEP[call.weight_hh.element_size()]
+    return next((chosen for chosen in table if chosen.rows >= B), table[-1])
+
+
+LARGE = 2**16  # bytes of weights from which the sequence kernels are short of registers
+
+
+def weight_bytes(call: Call) -> int:
+    """What a sequence kernel keeps on chip."""
+    return call.gates * sequence_config(call).units ** 2 * call.weight_hh.element_size()
+
+
+def holds_weights(call: Call, on: Machine) -> bool:
+    """Whether one program takes all steps of its rows: where weight_hh fits on chip, and nothing spills.
+
+    An estimate of what is fastest, as nothing has run on a GPU: large batches may be better off with the step kernels,
+    whose blocks are larger, from smaller sizes on.
+    """
+    units, weights = sequence_config(call).units, weight_bytes(call)
+    options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip)
+    plain = all(option is None for option in options) and not any(call.mixing)
+    roomy = weights <= LARGE or (plain and call.sizes[2] == units and call.weight_hh.element_size() == 2)
+    # The weights pass through shared memory, and what is exchanged between the lanes in a step stays beside them.
+    return units <= 128 and roomy and weights * 9 // 8 + 2**13 <= on.shared
+
+
+def arguments(call: Call, chosen: Config) -> dict[str, Any]:
+    """What the kernels of both directions take."""
+    T, B, H = call.sizes
+    rate_h, rate_c = call.mixing
+    args = {
+        "weight_hh_ptr": call.weight_hh.contiguous(), "lengths_ptr": contiguous(call.lengths), "T": T, "B": B, "H": H,
+        "zoneout_h": rate_h or None, "zoneout_c": rate_c or None, "CELL": call.cell, "GATES": call.gates,
+        "KEPT": KEPT[call.cell], "REVERSE": call.reverse, "PRECISION": precision(call.weight_hh),
+        "BLOCK_B": chosen.rows, "BLOCK_H": chosen.units,
+    }  # fmt: skip
+    for name, mask in (("reset", call.reset), ("keep_h", call.keep_h), ("keep_c", call.keep_c)):
+        rows = mask if mask is None or name == "reset" else contiguous_rows(mask)
+        args |= strided(name, None if rows is None else rows.view(torch.uint8), call.time)
+    return args
+
+
+def forward_arguments(call: Call, output: Tensor, kept: Kept) -> dict[str, Any]:
+    """What both forward kernels take beside arguments()."""
+    return {
+        "bias_hh_ptr": contiguous(call.bias_hh), "gates_ptr": present(kept.gates), "cells_ptr": present(kept.cells),
+        **strided("x", contiguous_rows(call.x), call.time), **strided("output", output, call.time),
+    }  # fmt: skip
+
+
+def present(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() > 0 else None
+
+
+def sequence_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
+    chosen = sequence_config(call)
+    args = arguments(call, chosen) | own
+    args |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": weight_bytes(call) <= LARGE}
+    return Launch(
+        kernel, (triton.cdiv(call.sizes[1], chosen.rows),), args, chosen.num_warps * 32 // on.lanes, REGISTERS
+    )
+
+
+def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
+    _, B, H = call.sizes
+    chosen = step_config(call, on)
+    grid = (triton.cdiv(B, chosen.rows), triton.cdiv(H, chosen.units))
+    args = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
+    return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, REGISTERS, chosen.num_stages)
+
+
+def forward_sequence(call: Call, output: Tensor, h_n: Tensor, c_n: Tensor, kept: Kept, on: Machine) -> Launch:
+    own = {
+        "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "h_n_ptr": h_n,
+        "c_n_ptr": c_n if call.has_c else None,
+    }  # fmt: skip
+    return sequence_launch(forward_sequence_kernel, call, on, forward_arguments(call, output, kept) | own)
+
+
+def forward_step(call: Call, output: Tensor, kept: Kept, states: Tensor, c: Tensor | None, on: Machine) -> Launch:
+    """The launch of the first step. states (2, B, H): where h goes to and fro; c (B, H): where c is kept up to date."""
+    own = {"states_ptr": states, "c_ptr": c}
+    return step_launch(forward_step_kernel, call, on, forward_arguments(call, output, kept) | own)
+
+
+def float_state(call: Call, initial: Tensor | None) -> Tensor:
+    """A float32 copy of a state (B, H), zeros without one, for the step kernels to work in."""
+    state = call.x.new_empty(call.sizes[1:], dtype=torch.float32)
+    return state.zero_() if initial is None else state.copy_(initial)
+
+
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    output, h_n, c_n, kept = empty_forward(call, keep)
+    if h_n.numel() == 0:
+        return output, h_n, c_n, kept
+    T, on = call.sizes[0], machine(output)
+    with guard(output):
+        if holds_weights(call, on):
+            forward_sequence(call, output, h_n, c_n, kept, on).run()
+            return output, h_n, c_n, kept
+        states = float_state(call, call.h0).repeat(2, 1, 1)
+        c = float_state(call, call.c0) if call.has_c else None
+        step = forward_step(call, output, kept, states, c, on)
+        for i in range(T):
+            step.run(i=i)
+        h_n.copy_(states[T % 2])
+        if c is not None:
+            c_n.copy_(c)
+    return output, h_n, c_n, kept
+
+
+def backward_arguments(grad_output: Tensor | None, call: Call, kept: Kept, dx: Tensor, dq: Tensor) -> dict[str, Any]:
+    """What both backward kernels take beside arguments()."""
+    _, B, H = call.sizes
+    width = KEPT[call.cell] * H
+    output = contiguous_rows(call.x)
+    gates = {"gates_ptr": kept.gates, "gates_stride_t": B * width, "gates_stride_b": width}
+    return {
+        "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "cells_ptr": present(kept.cells),
+        "grad_clip": call.grad_clip,
+        **(strided("gates", output, call.time) if reads_output(call) else gates),
+        **strided("grad_output", None if grad_output is None else contiguous_rows(grad_output), call.time),
+        **strided("output", output, call.time), **strided("dx", None if dx is dq else dx, call.time),
+        **strided("dq", dq, call.time),
+    }  # fmt: skip
+
+
+def backward_sequence(
+    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor, on: Machine
+) -> Launch:
+    grad_output, grad_h_n, grad_c_n = grads
+    own = {
+        "grad_h_n_ptr": contiguous(grad_h_n), "grad_c_n_ptr": contiguous(grad_c_n) if call.has_c else None,
+        "grad_h0_ptr": None if call.h0 is None else results[2], "grad_c0_ptr": None if call.c0 is None else results[3],
+    }  # fmt: skip
+    own |= backward_arguments(grad_output, call, kept, results[0], dq)
+    return sequence_launch(backward_sequence_kernel, call, on, own)
+
+
+def backward_step(
+    grad_output: Tensor | None, call: Call, kept: Kept, dx: Tensor, dq: Tensor, dh: Tensor, dc: Tensor | None,
+    on: Machine,
+) -> Launch:  # fmt: skip
+    """The launch of the last step. dh, dc (B, H): where the gradients of the states are kept up to date."""
+    own = {"dh_ptr": dh, "dc_ptr": dc}
+    return step_launch(backward_step_kernel, call, on, backward_arguments(grad_output, call, kept, dx, dq) | own)
+
+
+def q_gradient(call: Call, dx: Tensor) -> Tensor:
+    """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can."""
+    same = call.cell != "gru" and dx.dtype == call.weight_hh.dtype
+    return dx if same else dx.new_empty(dx.shape, dtype=call.weight_hh.dtype)
+
+
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
+    results = empty_backward(call)
+    dx, dweight_hh, dh0, dc0, dbias_hh = results[:5]
+    grad_output, grad_h_n, grad_c_n = grads
+    (T, B, H), on = call.sizes, machine(call.x)
+    if B * H == 0:
+        for result in results:
+            result.zero_()
+        return results
+    dq = q_gradient(call, dx)
+    with guard(call.x):
+        if holds_weights(call, on):
+            backward_sequence(grads, call, kept, results, dq, on).run()
+        else:
+            dh = float_state(call, grad_h_n)
+            dc = float_state(call, grad_c_n) if call.has_c else None
+            step = backward_step(grad_output, call, kept, dx, dq, dh, dc, on)
+            for i in range(T):
+                step.run(i=i)
+            if call.h0 is not None:
+                dh0.copy_(dh + through_first(call, dq))
+            if call.c0 is not None and dc is not None:
+                dc0.copy_(dc)
+        torch.mm(dq.reshape(-1, dq.shape[2]).t(), states_before(call).reshape(-1, H), out=dweight_hh)
+        if call.bias_hh is not None:
+            dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
+    return results
+
+
+def through_first(call: Call, dq: Tensor) -> Tensor | float:
+    """What reaches the initial state through the q of the first step taken."""
+    T = call.sizes[0]
+    if T == 0:
+        return 0.0
+    first = T - 1 if call.reverse else 0
+    dq_first = dq.select(call.time, first).float()
+    if call.reset is not None:
+        dq_first = dq_first.masked_fill(call.reset.select(call.time, first).unsqueeze(-1), 0.0)
+    return dq_first @ call.weight_hh.float()
+
+
+def states_before(call: Call) -> Tensor:
+    """h[t-1] of every step, as output; 0 where the state was reset and where a row takes no step."""
+    T, B, H = call.sizes
+    output, dtype = call.x, call.weight_hh.dtype
+    initial = output.new_zeros((B, H), dtype=dtype) if call.h0 is None else call.h0.to(dtype)
+    before = output.new_empty((*output.shape[:2], H), dtype=dtype)
+    if T == 0:
+        return before
+    first, rest, earlier = (T - 1, 0, 1) if call.reverse else (0, 1, 0)
+    before.narrow(call.time, rest, T - 1).copy_(output.narrow(call.time, earlier, T - 1))
+    before.select(call.time, first).copy_(initial)
+    if call.lengths is not None:
+        lengths = call.lengths.clamp(0, T)
+        t = torch.arange(T, device=output.device)[:, None].expand(T, B)
+        if call.batch_first:
+            t, lengths = t.t(), lengths[:, None]
+        if call.reverse:
+            before = torch.where((t == lengths - 1).unsqueeze(-1), initial.unsqueeze(call.time), before)
+        before = torch.where((t < lengths).unsqueeze(-1), before, 0.0)
+    if call.reset is not None:
+        before = before.masked_fill(call.reset.unsqueeze(-1), 0.0)
+    return before

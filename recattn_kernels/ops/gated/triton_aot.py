@@ -1,0 +1,101 @@
+"""What tests/test_aot.py compiles ahead of time of rnn, lstm and gru in Triton."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from recattn_kernels.ops.gated import triton
+from recattn_kernels.ops.gated.contract import CELLS, Call, empty_backward, empty_forward
+from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants
+
+
+class Shape(NamedTuple):
+    """What decides which code a call runs."""
+
+    x: torch.dtype
+    weight_hh: torch.dtype
+    hidden: int
+    options: str  # plain; biased: bias_hh and initial states; gated: everything else too
+    reverse: bool = False
+    T: int = 100
+    B: int = 3
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SOME = (
+    Shape(F32, F32, 7, "gated"),
+    Shape(F32, F32, 64, "biased"),
+    Shape(BF16, BF16, 64, "gated", reverse=True),
+    Shape(F16, F16, 128, "biased"),
+    Shape(BF16, BF16, 512, "gated"),
+    Shape(F16, F16, 512, "plain", B=64),
+    Shape(F32, F32, 512, "gated", B=64),
+    Shape(BF16, F32, 511, "gated"),
+)
+ALL = tuple(
+    Shape(x, weight_hh, hidden, options, reverse, B=B)
+    for (x, weight_hh), hidden, options, reverse, B in itertools.product(
+        ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)), (7, 32, 64, 100, 128, 256, 511), ("plain", "gated"),
+        (False, True), (3, 32, 64),
+    )
+)  # fmt: skip
+
+
+def machine(lanes: int) -> Machine:
+    """The least shared memory among the architectures that are tested."""
+    return Machine(lanes, 1, 163 * 2**10 if lanes == 32 else 2**16)
+
+
+def example(cell: str, shape: Shape, on: Machine) -> tuple[Launch, Launch]:
+    """What a call on the meta device launches."""
+    T, B, H, G = shape.T, shape.B, shape.hidden, CELLS[cell]
+    biased, gated, lstm = shape.options != "plain", shape.options == "gated", cell == "lstm"
+
+    def empty(*sizes: int, dtype: torch.dtype = shape.weight_hh, when: bool = True) -> Tensor | None:
+        return torch.empty(sizes, dtype=dtype, device="meta") if when else None
+
+    x, weight_hh = empty(T, B, G * H, dtype=shape.x), empty(G * H, H)
+    assert x is not None and weight_hh is not None
+    call = Call(
+        x, weight_hh, empty(B, H, when=biased), empty(B, H, when=biased and lstm), empty(G * H, when=biased),
+        None, None, None, None, empty(T, B, dtype=torch.bool, when=gated), empty(B, dtype=torch.int64, when=gated),
+        empty(T, B, H, dtype=torch.bool, when=gated), empty(T, B, H, dtype=torch.bool, when=gated and lstm),
+        cell, 0.0, 0.0, gated, shape.reverse, False, 1.0 if gated else None,
+    )  # fmt: skip
+    output, h_n, c_n, kept = empty_forward(call, True)
+    backward = call._replace(x=output)
+    results = empty_backward(backward)
+    dq = triton.q_gradient(backward, results[0])
+    if triton.holds_weights(call, on):
+        grads = (output, h_n, c_n if lstm else None)
+        forward = triton.forward_sequence(call, output, h_n, c_n, kept, on)
+        return forward, triton.backward_sequence(grads, backward, kept, results, dq, on)
+    state = triton.float_state(call, None)
+    c = state if lstm else None
+    forward = triton.forward_step(call, output, kept, state.repeat(2, 1, 1), c, on)
+    return forward, triton.backward_step(output, backward, kept, results[0], dq, state, c, on)
+
+
+def variants(cells: tuple[str, ...], lanes: int, full: bool) -> Variants:
+    """Launches that cover the kernels; in full, every type, option and size that changes the code."""
+    on = machine(lanes)
+    for cell, shape in itertools.product(cells, ALL if full else SOME):
+        types = "-".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((shape.x, shape.weight_hh)))
+        name = f"{cell}-{types}-{shape.hidden}-{shape.options}{'-reverse' * shape.reverse}-{shape.B}"
+        for direction, launch in zip(("forward", "backward"), example(cell, shape, on), strict=True):
+            yield Variant(f"{direction}-{name}", launch, shared=on.shared)
+
+
+def same(cells: tuple[str, ...], lanes: int) -> SameCompilation:
+    """Launches that differ in T and B alone, and in the strides that follow from them.
+
+    None spans 2 GB: on AMD such a sequence, which 32-bit offsets do not reach, is a compilation of its own.
+    """
+    for cell, hidden in itertools.product(cells, (64, 512)):
+        shape = Shape(BF16, BF16, hidden, "gated")
+        sizes = ((1, 1), (2, 1), (1, 16), (16, 16), (784, 8), (10_000, 13))
+        yield [example(cell, shape._replace(T=T, B=B), machine(lanes)) for T, B in sizes]
