@@ -1,5 +1,5 @@
-// What the forward and the backward of the gated cells (rnn, lstm, gru) share: the order of the steps, where the rows of
-// their tensors lie, and how the work is divided over threads.
+// What the forward and the backward of the gated cells (rnn, lstm, gru) share: the order of the steps, where the rows
+// of their tensors lie, and how the work is divided over threads.
 #pragma once
 
 #ifdef _OPENMP

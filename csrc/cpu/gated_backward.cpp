@@ -1,9 +1,9 @@
 // The backward of rnn, lstm and gru on the CPU. From the last step to the first, with flow = what later steps give:
 //   dh = clip(dy + flow);  dgates = d(gates) * dh;  dx = dgates;  flow = weight_hh^T dgates + what goes past the gates
 //
-// dgates of a step are computed from the tile of the product with those of the step after, unit by unit, so that threads
-// meet once a step. A layer norm needs whole rows: then they meet in between. The gradient of the weights is one product
-// over all steps, after the scan.
+// dgates of a step are computed from the tile of the product with those of the step after, unit by unit, so that
+// threads meet once a step. A layer norm needs whole rows: then they meet in between. The gradient of the weights is one
+// product over all steps, after the scan.
 #include "gated_weights.h"
 
 namespace recattn {

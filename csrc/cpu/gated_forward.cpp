@@ -192,7 +192,7 @@ class Forward {
     }
   }
 
-  // What this step writes of a row and the next one reads: lines too far apart for the hardware's prefetchers to follow.
+  // What this step writes of a row and the next one reads: lines too far apart for the hardware to fetch ahead.
   // Beyond the end of memory this does nothing.
   void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
     const int64_t next = p.reverse ? t - 1 : t + 1;

@@ -1,9 +1,9 @@
 // dL/dweight_hh[m, n] = sum over steps t and rows b of grad_r[t, b, m] * h[t-1, b, n], as one product after the scan,
 // and with it dL/dbias_hh[m] = sum of grad_r[t, b, m].
 //
-// Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_r, transposed,
-// by the thread whose rows m of the result it makes. Every element is summed in the order of the steps by one thread:
-// the result does not depend on their number.
+// Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_r,
+// transposed, by the thread whose rows m of the result it makes. Every element is summed in the order of the steps by
+// one thread: the result does not depend on their number.
 #pragma once
 
 #include "gated.h"

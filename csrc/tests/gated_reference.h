@@ -1,5 +1,5 @@
-// rnn, lstm and gru, forward and backward, written from their definitions in double precision. test_gated.cpp checks the
-// gradients by differences before it holds the kernels to them.
+// rnn, lstm and gru, forward and backward, written from their definitions in double precision. test_gated.cpp checks
+// the gradients by differences before it holds the kernels to them.
 #pragma once
 
 #include <algorithm>

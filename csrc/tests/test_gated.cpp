@@ -1,5 +1,5 @@
-// csrc/cpu/gated_*.cpp against gated_reference.h. Every tensor is an allocation of its own and of its exact size, so that
-// AddressSanitizer sees an access past it; outputs and padding begin as a NaN of a certain pattern.
+// csrc/cpu/gated_*.cpp against gated_reference.h. Every tensor is an allocation of its own and of its exact size, so
+// that AddressSanitizer sees an access past it; outputs and padding begin as a NaN of a certain pattern.
 #include <random>
 #include <string>
 
