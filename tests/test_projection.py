@@ -56,7 +56,18 @@ def test_strides() -> None:
     torch.testing.assert_close(column_sum(a), a.sum(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_float16_is_summed_in_float32() -> None:
+    args = [t.detach().half().requires_grad_() for t in arguments(40)]
+    wide = [t.detach().float().requires_grad_() for t in args]
+    output, expected = project(*args), F.linear(*wide)
+    assert torch.equal(output, expected.half())
+    grad = torch.randn(40, 70).half()
+    grads = torch.autograd.grad(output, args, grad)
+    for g, e in zip(grads, torch.autograd.grad(expected, wide, grad.float()), strict=True):
+        torch.testing.assert_close(g, e.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "matmul", None)
     x, weight, bias = (t.detach().to(dtype) for t in arguments(40))

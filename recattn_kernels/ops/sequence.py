@@ -5,7 +5,9 @@ Works on any device and floating dtype, to any order of derivative, under vmap a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -112,6 +114,11 @@ def layer_norm(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(v, v.shape[-1:], weight.to(v.dtype), bias.to(v.dtype))
 
 
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+
+
 def recurrent(
     weight_hh: Tensor, bias_hh: Tensor | None, norm: tuple[Tensor | None, ...], dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
@@ -121,7 +128,7 @@ def recurrent(
     weight, bias = norm[:2]
 
     def product(h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):  # else it would take a product of states to 16 bits
+        with _no_autocast(h.device.type):  # which would take a product of states to 16 bits
             r = h @ W
         if weight is not None and bias is not None:
             r = layer_norm(r, weight, bias)
