@@ -72,6 +72,12 @@ def transposed(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return randn(generator, B, T, H, grad=False).transpose(0, 1).requires_grad_()
 
 
+def away(generator: Generator, T: int, B: int, H: int) -> Tensor:
+    """x of either sign, far from 0."""
+    x = randn(generator, T, B, H, grad=False)
+    return (x + 6 * x.sign()).requires_grad_()
+
+
 def zeros(generator: Generator, T: int, B: int, H: int) -> Tensor:
     return torch.zeros(T, B, H, dtype=torch.float64).requires_grad_()
 

@@ -25,14 +25,15 @@ class Samples:
         self, name: str, T: int, B: int, H: int, /, *, finite: bool = True, smooth: bool = True, **options: Any
     ) -> Sample:
         """A call on random numbers. `options` are the op's; those given as a function get (generator, T, B, H), and x
-        and bias_hh the width of all gates for H. state=True gives an initial state."""
+        and bias_hh the width of all gates for H. state=True gives an initial state; gain multiplies weight_hh."""
 
         def make(generator: Generator) -> Arguments:
             rest = dict(options)
             width = self.gates * H
             shape = (B, T, width) if rest.get("batch_first") else (T, B, width)
             x = rest.pop("x")(generator, T, B, width) if "x" in rest else randn(generator, *shape)
-            weight_hh = (randn(generator, width, H, grad=False) / math.sqrt(max(H, 1))).requires_grad_()
+            scale = rest.pop("gain", 1.0) / math.sqrt(max(H, 1))
+            weight_hh = (randn(generator, width, H, grad=False) * scale).requires_grad_()
             if rest.pop("state", False):
                 rest["state" if self.has_c else "h0"] = self.pair(random.state)(generator, T, B, H)
             if "bias_hh" in rest:
