@@ -66,21 +66,28 @@ RECATTN_FN double exp_(double x) { return ::exp(x); }
 RECATTN_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
 RECATTN_FN double sigmoid(double x) { return 1.0 / (1.0 + exp_(-x)); }
 
-// tanh(x) = 1 - 2 / (exp(2x) + 1) cancels near 0: there, the odd series x - x^3/3 + 2x^5/15 - ... takes over.
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, of which a 1 is never taken near 0: with 2x = n ln 2 + r as in exp_, e is
+// 2^n (exp(r) - 1) + (2^n - 1). From |2x| = 18.3 on the quotient is 1.
 RECATTN_FN float tanh_(float x) {
 #ifdef __CUDA_ARCH__
   return ::tanhf(x);
 #else
-  const float a = x < 0.0f ? -x : x;
-  const float far = 1.0f - 2.0f / (exp_(2.0f * a) + 1.0f);
-  const float s = x * x;
-  float p = -1382.0f / 155925.0f;
-  p = p * s + 62.0f / 2835.0f;
-  p = p * s + -17.0f / 315.0f;
-  p = p * s + 2.0f / 15.0f;
-  p = p * s + -1.0f / 3.0f;
-  const float near = x + x * s * p;
-  return a < 0.35f ? near : (x < 0.0f ? -far : far);
+  float a = x + x;
+  a = a > 18.3f ? 18.3f : a;
+  a = a < -18.3f ? -18.3f : a;
+  const float shifted = a * 1.44269504088896341f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (a - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r * r + r;
+  const float scale = bits_to_float((float_to_bits(shifted) + 127u) << 23);
+  const float e = p * scale + (scale - 1.0f);
+  return e / (e + 2.0f);
 #endif
 }
 

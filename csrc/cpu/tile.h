@@ -39,36 +39,44 @@ template <class R> constexpr int LANES = VECTOR_BYTES / sizeof(R);
 // Where part i of n of 0..size begins.
 [[maybe_unused]] inline int64_t part(int64_t size, int64_t i, int64_t n) { return size * i / n; }
 
-// out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless FIRST.
+// A sum of many products is one of sums of so many: its error grows with CHAIN + K / CHAIN, not with K.
+constexpr int64_t CHAIN = 64;
+
+// out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless `first`.
 template <int ROWS, int V, class R>
 __attribute__((noinline)) void tile(const R* const* rows, const R* weights, int64_t step, int64_t K, R* out,
                                     int64_t out_stride, bool first) {
-  Vec<R> sums[ROWS][V] = {};
   const R* row[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) row[r] = rows[r];
-  if (!first) {
+  int64_t k = 0;
+  do {
+    Vec<R> sums[ROWS][V] = {};
+    for (const int64_t end = least(K, k + CHAIN); k < end; ++k, weights += step) {
+      Vec<R> w[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] += w[v] * row[r][k];
+      }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) memcpy(&sums[r][v], out + r * out_stride + v * LANES<R>, VECTOR_BYTES);
+      for (int v = 0; v < V; ++v) {
+        R* const to = out + r * out_stride + v * LANES<R>;
+        if (!first) {
+          Vec<R> before;
+          memcpy(&before, to, VECTOR_BYTES);
+          sums[r][v] += before;
+        }
+        memcpy(to, &sums[r][v], VECTOR_BYTES);
+      }
     }
-  }
-  for (int64_t k = 0; k < K; ++k, weights += step) {
-    Vec<R> w[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * row[r][k];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) memcpy(out + r * out_stride + v * LANES<R>, &sums[r][v], VECTOR_BYTES);
-  }
+    first = false;
+  } while (k < K);
 }
 
 template <int V, class R>

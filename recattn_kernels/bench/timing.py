@@ -28,7 +28,7 @@ class Timing:
 class Effort:
     """How long to measure: about budget_s a call, within the limits on repeats."""
 
-    budget_s: float = 1.5
+    budget_s: float = 1.0
     min_repeats: int = 3
     max_repeats: int = 200
     slow_s: float = 3.0  # a call that takes longer than this is timed once: repeating it would say nothing new
