@@ -236,14 +236,14 @@ def _gated(case: Case, definition: Callable[..., Any], layer: str) -> list[Impl]
     if case.compile and T <= 32:  # Inductor unrolls the loop, at about a second for four steps
         impls.append(case.impl("compile", compiled(definition), definition=definition))
     impls += [
-        row(f"layer:{layer}", ours, lambda input, *_: ours(input), padded),
-        row(f"layer:nn.{layer}", theirs, lambda input, *_: theirs(input), None),
+        row("layer:recattn_kernels", ours, lambda input, *_: ours(input), padded),
+        row("layer:torch.nn", theirs, lambda input, *_: theirs(input), None),
     ]
     if steps:
         share = float(lengths.sum()) / (T * B)
         impls += [
-            row(f"packed:{layer}", ours, functools.partial(on_packed, ours), packed, share),
-            row(f"packed:nn.{layer}", theirs, functools.partial(on_packed, theirs), None, share),
+            row("packed:recattn_kernels", ours, functools.partial(on_packed, ours), packed, share),
+            row("packed:torch.nn", theirs, functools.partial(on_packed, theirs), None, share),
         ]
         impls += _options(case, definition)
     return impls

@@ -180,7 +180,13 @@ def bench_markdown(results: Sequence[dict[str, Any]]) -> str:
                 "Median time in ms, in brackets the ratio to the first column."
             )
             for name in dict.fromkeys(group(r["impl"]) for r in rows):
-                parts.append(_pivot([r for r in rows if r["device"] == device and group(r["impl"]) == name]))
+                mine = [r for r in rows if r["device"] == device and group(r["impl"]) == name]
+                # Ops whose rows are compared with the same one share a table.
+                first = {
+                    op: next(r["impl"] for r in mine if r["op"] == op) for op in dict.fromkeys(r["op"] for r in mine)
+                }
+                for impl in dict.fromkeys(first.values()):
+                    parts.append(_pivot([r for r in mine if first[r["op"]] == impl]))
     return "\n\n".join(part for part in parts if part)
 
 
