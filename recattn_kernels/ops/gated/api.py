@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.gated import contract
-from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, Call
+from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, TENSORS, Call
 from recattn_kernels.ops.sequence import compute_dtype
 
 
@@ -135,11 +135,11 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: str, run: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
-        call = args[: len(Call._fields)]
+        call = Call(*args[:-2])
         output, h_n, c_n, *kept = run(*call, True, args[-1])
-        ctx.save_for_backward(output, *kept, *call[:13])
-        ctx.op, ctx.options, ctx.backend = op, call[13:], args[-1]
-        ctx.mark_non_differentiable(*kept, *([] if call[13] == "lstm" else [c_n]))
+        ctx.save_for_backward(output, *kept, *call[: len(TENSORS)])
+        ctx.op, ctx.options, ctx.backend = op, call[len(TENSORS) :], args[-1]
+        ctx.mark_non_differentiable(*kept, *([] if call.has_c else [c_n]))
         ctx.set_materialize_grads(False)
         return output, h_n, c_n, *kept
 
@@ -148,7 +148,7 @@ class _Gated(torch.autograd.Function):
         saved = ctx.saved_tensors
         output, kept, inputs = saved[0], saved[1:5], saved[5:]
         needs = ctx.needs_input_grad[2 : 2 + len(PARAMETERS)]
-        rest = [None for _ in range(2 + len(Call._fields) + 2 - 2 - len(PARAMETERS))]
+        rest = [None for _ in range(len(Call._fields) - len(PARAMETERS) + 2)]  # keep and backend too
         if all(g is None for g in grads[:3]):
             return (None, None, *[None for _ in PARAMETERS], *rest)
         results: tuple[Tensor | None, ...]
@@ -217,7 +217,8 @@ def run(op: str, call: Call, table: backends.Table, backend: str | None) -> tupl
     if backend == "reference":
         output, h_n, *c_n = _DEFINITIONS[op](call)
         return output, h_n, c_n[0] if c_n else h_n
-    if backends.dispatches(*call[:13]):
+    tensors: tuple[Any, ...] = call[: len(TENSORS)]
+    if backends.dispatches(*tensors):
         results = getattr(torch.ops.recattn_kernels, op).default(*call, False, backend)
     elif _needs_grad(call):
         results = _differentiable(op, _forward_of(op), *call, False, backend)

@@ -86,10 +86,10 @@ class Call(NamedTuple):
 
 # The differentiable ones of a call's tensors, x first.
 PARAMETERS = Call._fields[:9]
-_TENSORS = Call._fields[1:13]
+TENSORS = Call._fields[:13]
 
 _ARGUMENTS = (
-    ", ".join(f"Tensor{'' if name == 'weight_hh' else '?'} {name}" for name in _TENSORS)
+    ", ".join(f"Tensor{'' if name == 'weight_hh' else '?'} {name}" for name in TENSORS[1:])
     + ", str cell, float zoneout_h, float zoneout_c, bool training, bool reverse, bool batch_first, float? grad_clip"
 )
 LIBRARY = torch.library.Library("recattn_kernels", "FRAGMENT")
