@@ -57,7 +57,7 @@ ISAS := isa_base $(if $(X86),isa_v3 isa_v4)
 isa_base := $(if $(X86),-march=x86-64)
 isa_v3 := -march=x86-64-v3
 isa_v4 := -march=x86-64-v4 -mprefer-vector-width=512
-PER_ISA := $(filter-out csrc/cpu/bindings.cpp,$(wildcard csrc/cpu/*.cpp)) csrc/tests/test_cells.cpp
+PER_ISA := $(filter-out csrc/cpu/bindings%,$(wildcard csrc/cpu/*.cpp)) csrc/tests/test_cells.cpp
 ONCE := $(filter-out $(PER_ISA),$(wildcard csrc/tests/*.cpp))
 SANITIZED = $(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra \
 	-fno-math-errno -fno-trapping-math -ffp-contract=fast $$(cat $(CSRC_TESTS)/openmp)

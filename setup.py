@@ -124,6 +124,17 @@ def gencode_flags() -> list[str]:
     return flags
 
 
+def included(source: Path, found: tuple[Path, ...] = ()) -> tuple[Path, ...]:
+    """A source and what it includes from csrc, at any depth."""
+    found += (source,)
+    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+        places = (source.parent / name, Path("csrc", name))
+        header = next((path.resolve() for path in places if path.exists()), None)
+        if header is not None and header not in found:
+            found = included(header, found)
+    return found
+
+
 class NinjaFile:
     """The compilations and the one link of an extension; everything they write lies in folder."""
 
@@ -137,8 +148,7 @@ class NinjaFile:
 
     def compile(self, source: Path, variant: str, command: list[str]) -> None:
         # The digest is part of the command, so that sources unpacked with older dates than the objects' are compiled.
-        headers = [path for path in Path("csrc").rglob("*.*h") if path.parts[1] != "tests"]
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in [source, *sorted(headers)])).hexdigest()
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in included(source))).hexdigest()
         self.objects.append(str(self.folder / f"{source.name}.{variant}.o"))
         self.lines.append(f"build {self.objects[-1]}: compile {source}")
         self.lines.append(f"  run = {self.shell(command)}\n  digest = {digest}")
@@ -161,7 +171,7 @@ def build_cpu(ninja: NinjaFile) -> Path:
     openmp = openmp_flags(compiler)
     command = [*compiler, *shlex.split(os.environ.get("CXXFLAGS", "")), *CPU_FLAGS.split(), *openmp, "-Icsrc"]
     for source in sorted(Path("csrc/cpu").glob("*.cpp")):
-        if source.name == "bindings.cpp":
+        if source.name.startswith("bindings"):
             ninja.compile(source, "isa_base", [*command, *ISAS["isa_base"].split(), *includes])
         else:
             for isa, flags in ISAS.items():

@@ -1,12 +1,11 @@
-// What the kernels of csrc/cpu take and who calls them: bindings.cpp fills these structs from Python and calls the
-// function of the widest instruction set that the machine has. Plain data: it is the same in every namespace.
+// What the kernels of the recurrences take: bindings_recurrent.cpp fills these structs from Python. Plain data: it is
+// the same in every namespace.
 #pragma once
 
 #include "../cells.h"
+#include "isa.h"
 
 namespace recattn {
-
-enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 // A (T, B, H) tensor; the last dimension is contiguous. Strides are in elements.
 struct Sequence {
@@ -135,23 +134,13 @@ struct GruStep : Step {
   void *grad_x_gates, *grad_h_gates, *grad_h;
 };
 
-#define RECATTN_DECLARE(isa)                      \
-  namespace isa {                                 \
-  void indrnn_forward(const IndrnnForward& p);    \
-  void indrnn_backward(const IndrnnBackward& p);  \
-  void gemm(const Gemm& p);                       \
-  void column_sum(const ColumnSum& p);            \
-  void gated_forward(const GatedForward& p);      \
-  void gated_backward(const GatedBackward& p);    \
-  void lstm_step(const LstmStep& p);              \
-  void gru_step(const GruStep& p);                \
-  }
-
-RECATTN_DECLARE(isa_base)
-#ifdef __x86_64__
-RECATTN_DECLARE(isa_v3)
-RECATTN_DECLARE(isa_v4)
-#endif
-#undef RECATTN_DECLARE
+RECATTN_DECLARE(indrnn_forward, IndrnnForward)
+RECATTN_DECLARE(indrnn_backward, IndrnnBackward)
+RECATTN_DECLARE(gemm, Gemm)
+RECATTN_DECLARE(column_sum, ColumnSum)
+RECATTN_DECLARE(gated_forward, GatedForward)
+RECATTN_DECLARE(gated_backward, GatedBackward)
+RECATTN_DECLARE(lstm_step, LstmStep)
+RECATTN_DECLARE(gru_step, GruStep)
 
 }  // namespace recattn
