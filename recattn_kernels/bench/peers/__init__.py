@@ -1,0 +1,69 @@
+"""What is timed for each op: its backends, and beside them what people use today.
+
+A later op adds a module with a function peers(case, definition) and a line in PEERS. The first row of a group ("",
+"layer") is the one that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from recattn_kernels import backends
+from recattn_kernels.bench.peers import gated, indrnn
+from recattn_kernels.bench.peers.case import Case, Impl, reference_of
+
+__all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
+
+# What the names of rows stand for, printed below the tables.
+NOTES = {
+    "relu": "torch.relu(x): a pass that reads and writes as many bytes and computes next to nothing",
+    "compile": "torch.compile of the reference, static shapes",
+    "compile/": "torch.compile of N steps of the reference, called in a loop: compiling all takes minutes",
+    "layer:": "a whole layer of width H over an input of width H, its input projection included",
+    "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
+    "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
+    "zoneout:": "with zoneout, as in evaluation",
+}
+
+# op -> its peers, given the case and the op's reference
+PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
+    "indrnn": indrnn.peers,
+    "rnn": functools.partial(gated.peers, layer="RNN"),
+    "lstm": functools.partial(gated.peers, layer="LSTM"),
+    "gru": functools.partial(gated.peers, layer="GRU"),
+}
+
+
+def label(backend: str, variant: Mapping[str, Any]) -> str:
+    """What a row of a backend is called: triton, or triton scan."""
+    return " ".join([backend, *map(str, variant.values())])
+
+
+def build(
+    case: Case, backend: str | None, variants: Sequence[Mapping[str, Any]] = ({},)
+) -> tuple[list[Impl], dict[str, str]]:
+    """Every row of a case, and {row: reason} for those that cannot run it.
+
+    backend: leaves out the other fused ones. variants: each backend has a row for each of them; the first defines the
+    op.
+    """
+    function = case.spec.function
+    definition = reference_of(function, **variants[0])
+    reasons = [backends.explain(case.spec.name, *case.args, **case.kwargs, **variant) for variant in variants]
+    impls, refused = [], {}
+    for name in (*(name for name in case.spec.backends if backend in (None, name)), "reference"):
+        fused = name != "reference"
+        for variant, reason in ((v, r[name]) for v, r in zip(variants, reasons, strict=True)):
+            row = label(name, variant)
+            if reason is not None:
+                refused[row] = reason
+            elif fused or variant is not variants[0]:
+                call = functools.partial(function, backend=name, **variant)
+                impls.append(case.impl(row, call, definition=definition, ours=fused))
+            else:
+                impls.append(case.impl(row, definition))
+    if case.spec.name in PEERS:
+        impls += PEERS[case.spec.name](case, definition)
+    return impls, refused
