@@ -7,12 +7,15 @@ from torch import Tensor
 from recattn_kernels import checks
 from recattn_kernels.ops.gru_step import reference
 from recattn_kernels.ops.gru_step.contract import BACKENDS
-from recattn_kernels.ops.step import Call, Step
+from recattn_kernels.ops.operator import Call, Operator
 
-STEP = Step(
-    "gru_step", ("x_gates", "h_gates", "h"), ("h_n",), reference.gru_step,
-    lambda x_gates, h_gates, h: (h.new_empty(h.shape),),
-)  # fmt: skip
+OPERATOR = Operator(
+    "gru_step",
+    inputs="Tensor x_gates, Tensor h_gates, Tensor h",
+    outputs=("h_n",),
+    definition=reference.gru_step,
+    empty=lambda x_gates, h_gates, h: (h.new_empty(h.shape),),
+)
 
 
 def normalise(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Call:
@@ -21,7 +24,7 @@ def normalise(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> Call:
     B, H = x_gates.shape[0], x_gates.shape[1] // 3
     checks.parameter("gru_step", "h_gates", h_gates, "(B, 3H)", (B, 3 * H), x_gates, "x_gates")
     checks.parameter("gru_step", "h", h, "(B, H)", (B, H), x_gates, "x_gates")
-    return Call(x_gates, (h_gates, h))
+    return Call(x_gates, (x_gates, h_gates, h))
 
 
 def gru_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, *, backend: str | None = None) -> Tensor:
@@ -50,6 +53,6 @@ def gru_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, *, backend: str | None
     Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
     translation", 2014, arXiv:1406.1078, in the form of cuDNN and torch.nn, r after the product.
     """
-    normalise(x_gates, h_gates, h)
-    (h_n,) = STEP.run(BACKENDS, backend, x_gates, h_gates, h)
-    return h_n
+    (h_n,) = OPERATOR.run(BACKENDS, backend, normalise(x_gates, h_gates, h))
+    result: Tensor = h_n
+    return result

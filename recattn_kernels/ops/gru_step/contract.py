@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recattn_kernels import backends
-from recattn_kernels.ops.step import Call
+from recattn_kernels.ops.operator import Call
 
 
 def _cpp_refusal(call: Call) -> str | None:

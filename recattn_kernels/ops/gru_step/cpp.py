@@ -25,8 +25,9 @@ def forward(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> tuple[Tensor]:
 
 
 def backward(
-    grads: Sequence[Tensor | None], x_gates: Tensor, h_gates: Tensor, h: Tensor
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Tensor], options: Any, needs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x_gates, h_gates, h = inputs
     dtype, rows, threads = compute_dtype(x_gates.dtype), contiguous_rows(x_gates), torch.get_num_threads()
     wide_gates, wide, dh_n = plain(h_gates, dtype), plain(h, dtype), plain(grads[0], dtype)
     dx = x_gates.new_empty(x_gates.shape)

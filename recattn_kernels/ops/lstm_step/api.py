@@ -7,12 +7,15 @@ from torch import Tensor
 from recattn_kernels import checks
 from recattn_kernels.ops.lstm_step import reference
 from recattn_kernels.ops.lstm_step.contract import BACKENDS
-from recattn_kernels.ops.step import Call, Step
+from recattn_kernels.ops.operator import Call, Operator
 
-STEP = Step(
-    "lstm_step", ("gates", "c"), ("h", "c_n"), reference.lstm_step,
-    lambda gates, c: (gates.new_empty(c.shape), c.new_empty(c.shape)),
-)  # fmt: skip
+OPERATOR = Operator(
+    "lstm_step",
+    inputs="Tensor gates, Tensor c",
+    outputs=("h", "c_n"),
+    definition=reference.lstm_step,
+    empty=lambda gates, c: (gates.new_empty(c.shape), c.new_empty(c.shape)),
+)
 
 
 def normalise(gates: Tensor, c: Tensor) -> Call:
@@ -20,7 +23,7 @@ def normalise(gates: Tensor, c: Tensor) -> Call:
     checks.gates("lstm_step", "gates", gates, 4)
     B, H = gates.shape[0], gates.shape[1] // 4
     checks.parameter("lstm_step", "c", c, "(B, H)", (B, H), gates, "gates")
-    return Call(gates, (c,))
+    return Call(gates, (gates, c))
 
 
 def lstm_step(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -48,6 +51,5 @@ def lstm_step(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
     Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers, Schmidhuber and Cummins, "Learning to
     forget", 2000.
     """
-    normalise(gates, c)
-    h, c_n = STEP.run(BACKENDS, backend, gates, c)
+    h, c_n = OPERATOR.run(BACKENDS, backend, normalise(gates, c))
     return h, c_n

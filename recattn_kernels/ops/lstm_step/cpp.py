@@ -24,7 +24,10 @@ def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return h, c_n if c.dtype == dtype else c_n.to(c.dtype)
 
 
-def backward(grads: Sequence[Tensor | None], gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Tensor], options: Any, needs: Any
+) -> tuple[Tensor, Tensor]:
+    gates, c = inputs
     dtype, rows, threads = compute_dtype(gates.dtype), contiguous_rows(gates), torch.get_num_threads()
     wide, dh, dc_n = plain(c, dtype), plain(grads[0], gates.dtype), plain(grads[1], dtype)
     dgates, dc = gates.new_empty(gates.shape), gates.new_empty(c.shape, dtype=dtype)
