@@ -391,18 +391,17 @@ def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     asked: list[dict[str, Any]] = []
 
-    def rule(op: str, fused: str | None, **facts: Any) -> bool:
-        asked.append({"op": op, "fused": fused, **facts})
+    def rule(op: str, **facts: Any) -> bool:
+        asked.append({"op": op, **facts})
         return faster
 
     vendor = []
     monkeypatch.setattr("recattn_kernels.layers.gated_base.vendor_is_faster", rule)
-    monkeypatch.setitem(TABLES, "gru", {})
     monkeypatch.setattr(nn.GRU, "forward", lambda self, input, hx: vendor.append(input) or (input, hx))
     layer = GRU(D, H, 3, batch_first=True, bidirectional=True)
     x = torch.randn(2, 5, D)
     layer(x)
-    facts = {"op": "gru", "fused": None, "device": "cpu", "dtype": torch.float32, "T": 5, "B": 2, "D": D, "H": H,
+    facts = {"op": "gru", "device": "cpu", "dtype": torch.float32, "T": 5, "B": 2, "D": D, "H": H,
              "layers": 3, "directions": 2, "packed": False, "needs_grad": True}  # fmt: skip
     assert asked.pop() == facts
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -413,6 +412,9 @@ def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) ->
     assert len(vendor) == 3 * faster
     layer(x, reset=torch.zeros(2, 5) > 0), layer(x[:, :0])
     assert not asked and len(vendor) == 3 * faster  # not asked where torch.nn cannot run
+    monkeypatch.setitem(TABLES, "gru", {})
+    layer(x)
+    assert len(vendor) == 3 * faster + 1  # the reference is all that is left
 
 
 def test_empty_sequences_run_on_ours() -> None:

@@ -17,7 +17,6 @@ TABLES = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 def vendor_is_faster(
     op: str,
-    fused: str | None,
     *,
     device: str,
     dtype: torch.dtype,
@@ -30,11 +29,10 @@ def vendor_is_faster(
     packed: bool,
     needs_grad: bool,
 ) -> bool:
-    """Whether torch.nn's kernel beats ours on a call that both can run: the rule of backend="auto".
+    """Whether torch.nn's kernel beats our fused ones on a call that both can run: the rule of backend="auto".
 
     Args:
         op: rnn, lstm or gru.
-        fused: the backend of ours that would run it, or None, which leaves only the reference: a loop in Python.
         device: the type of the device.
         dtype: of the projected input, which autocast may have made 16-bit.
         T, B, D, H: steps, rows, input and hidden features. T is 1 for a cell.
@@ -46,7 +44,7 @@ def vendor_is_faster(
     padded batches, in float32 and bfloat16; the rest is a loop over operations, which ours beats 2 to 10 times but for
     its start: some 50 us of Python. On a GPU nothing has been measured yet, and cuDNN's kernels are known to be good.
     """
-    if fused is None or device != "cpu":
+    if device != "cpu":
         return True
     if packed:
         return False

@@ -180,20 +180,22 @@ class Gated(nn.Module):
         suffixes = self._suffixes()
         weight_hh: Tensor = getattr(self, "weight_hh" + suffixes[0])
         directions = 2 if getattr(self, "bidirectional", False) else 1
-        has_ours = getattr(self, "proj_size", 0) == 0
-        vendor = vendor_is_faster(
-            self._op,
-            fused_backend(self._op, self._cell, weight_hh, dtype, T, B, packed) if has_ours else None,
-            device=input.device.type,
-            dtype=dtype,
-            T=T,
-            B=B,
-            D=self.input_size,
-            H=self.hidden_size,
-            layers=len(suffixes) // directions,
-            directions=directions,
-            packed=packed is not None,
-            needs_grad=torch.is_grad_enabled() and (input.requires_grad or weight_hh.requires_grad),
+        vendor = (
+            getattr(self, "proj_size", 0) > 0
+            or vendor_is_faster(
+                self._op,
+                device=input.device.type,
+                dtype=dtype,
+                T=T,
+                B=B,
+                D=self.input_size,
+                H=self.hidden_size,
+                layers=len(suffixes) // directions,
+                directions=directions,
+                packed=packed is not None,
+                needs_grad=torch.is_grad_enabled() and (input.requires_grad or weight_hh.requires_grad),
+            )
+            or fused_backend(self._op, self._cell, weight_hh, dtype, T, B, packed) is None
         )
         return "vendor" if vendor else name
 
