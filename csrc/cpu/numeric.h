@@ -75,6 +75,12 @@ RECATTN_FN __m512i bfloat16_bits(const float* from) {
 }
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the scalar tails below for loops that never end.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+#endif
+
 // n elements at once, for loops that compute in R. In a loop with other arithmetic compilers vectorise the conversions
 // badly or, for Float16, not at all.
 template <class S>
@@ -126,6 +132,10 @@ RECATTN_FN void narrow(S* __restrict to, const float* __restrict from, int64_t n
 #endif
   for (; i < n; ++i) store(to + i, from[i]);
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 }  // namespace RECATTN_ISA
 }  // namespace recattn
