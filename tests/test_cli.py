@@ -192,9 +192,31 @@ def test_sections_are_replaced() -> None:
     assert report.generated("no markers", []) == "no markers"
 
 
-def test_readme_is_up_to_date() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    if "<!-- support:begin -->" not in text:
-        pytest.skip("README.md has no generated sections")
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
+def test_generated_sections_are_up_to_date(name: str) -> None:
+    file = ROOT / name
+    text = file.read_text() if file.exists() else ""
+    if ":begin -->" not in text:
+        pytest.skip(f"{name} has no generated sections")
     assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report"
+
+
+def test_summary_is_the_geometric_mean_over_workloads() -> None:
+    def row(workload: str, pass_: str, impl: str, ms: float | None) -> dict[str, Any]:
+        return {"op": "indrnn", "workload": workload, "device": "cpu", "dtype": "float32", "pass": pass_, "impl": impl,
+                "median_ms": ms}  # fmt: skip
+
+    environment = {"cpu": "a CPU", "gpus": [], "threads": 2, "capability": "avx2", "torch": "2", "date": "2026-01-01 0"}
+    rows = [
+        row("a", "fwd", "cpp", 1.0), row("a", "fwd", "compile/28", 2.0),
+        row("b", "fwd", "cpp", 2.0), row("b", "fwd", "compile", 16.0), row("b", "fwd", "wrong", None),
+        row("b", "fwd+bwd", "cpp", 1.0), row("b", "fwd+bwd", "compile", 0.5),
+        row("b", "fwd", "layer:ours", 1.0), row("b", "fwd", "layer:theirs", 3.0),
+    ]  # fmt: skip
+    text = report.summary_markdown([{"environment": environment, "rows": rows}])
+    lines = text.splitlines()
+    assert lines[0] == "a CPU, 2 threads, avx2; torch 2; 2026-01-01."
+    assert lines[4:] == [
+        "| indrnn | float32 | `cpp` | `compile` | 4.00x | 0.50x | 2 |",
+        "| indrnn | float32 | `layer:ours` | `layer:theirs` | 3.00x |  | 1 |",
+    ]

@@ -1,12 +1,13 @@
-"""Results as tables on the terminal, JSON, bar charts, and the generated sections of README.md.
+"""Results as tables on the terminal, JSON, bar charts, and the generated sections of README.md and of the results' own.
 
-python -m recattn_kernels.bench.report README.md        writes those sections anew
+python -m recattn_kernels.bench.report        writes those sections anew
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
-# README.md
+# Markdown
 
 
 def load_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -168,17 +169,47 @@ def support_markdown(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _measured_on(environment: dict[str, Any], device: str) -> str:
+    threads = f", {environment['threads']} threads, {environment['capability']}" if device == "cpu" else ""
+    date = environment["date"].split()[0]
+    return f"{device_name(environment, device)}{threads}; torch {environment['torch']}; {date}."
+
+
+def summary_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """How many times as long the others take, over all workloads: one table a machine."""
+    parts = []
+    for result in results:
+        rows = [r for r in result["rows"] if r["median_ms"]]
+        for device in dict.fromkeys(r["device"] for r in rows):
+            mine = [r for r in rows if r["device"] == device]
+            passes = list(dict.fromkeys(r["pass"] for r in mine))
+            ratios: dict[tuple[str, ...], dict[str, list[float]]] = {}
+            for row in mine:
+                base = baseline(row, mine)
+                if base is None or base is row or base["impl"] == "reference":
+                    continue
+                key = (row["op"], row["dtype"], base["impl"], row["impl"].partition("/")[0])
+                found = ratios.setdefault(key, {name: [] for name in passes})
+                found[row["pass"]].append(row["median_ms"] / base["median_ms"])
+            lines = ["| op | dtype | row | beside | " + " | ".join(passes) + " | workloads |"]
+            lines.append("| --- | --- | --- | --- |" + " ---: |" * (len(passes) + 1))
+            for (op, dtype, base_name, name), found in ratios.items():
+                means = [f"{math.exp(math.fsum(map(math.log, v)) / len(v)):.2f}x" if v else "" for v in found.values()]
+                count = max(map(len, found.values()))
+                lines.append(
+                    f"| {op} | {dtype} | `{base_name}` | `{name}` | " + " | ".join(means) + f" | {count} |"
+                )  # fmt: skip
+            parts += [_measured_on(result["environment"], device), "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def bench_markdown(results: Sequence[dict[str, Any]]) -> str:
     """The measured medians: one table a machine, for the ops, and one for the layers."""
     parts = []
     for result in results:
         env, rows = result["environment"], result["rows"]
         for device in dict.fromkeys(r["device"] for r in rows):
-            threads = f", {env['threads']} threads, {env['capability']}" if device == "cpu" else ""
-            parts.append(
-                f"{device_name(env, device)}{threads}; torch {env['torch']}; {env['date'].split()[0]}. "
-                "Median time in ms, in brackets the ratio to the first column."
-            )
+            parts.append(f"{_measured_on(env, device)} Median time in ms, in brackets the ratio to the first column.")
             for name in dict.fromkeys(group(r["impl"]) for r in rows):
                 mine = [r for r in rows if r["device"] == device and group(r["impl"]) == name]
                 # Ops whose rows are compared with the same one share a table.
@@ -219,18 +250,20 @@ def replace_section(text: str, name: str, body: str) -> str:
 
 
 def generated(text: str, results: Sequence[dict[str, Any]]) -> str:
-    """README.md with its generated sections up to date."""
-    return replace_section(
-        replace_section(text, "support", support_markdown(results)), "bench", bench_markdown(results)
-    )
+    """A Markdown file with its generated sections up to date."""
+    for name, markdown in (("support", support_markdown), ("summary", summary_markdown), ("bench", bench_markdown)):
+        text = replace_section(text, name, markdown(results))
+    return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="writes the generated sections of a Markdown file anew")
-    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    parser = argparse.ArgumentParser(description="writes the generated sections of Markdown files anew")
+    parser.add_argument("files", type=Path, nargs="*", default=[ROOT / "README.md", RESULTS / "README.md"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of <device>.json files")
     options = parser.parse_args()
-    options.file.write_text(generated(options.file.read_text(), load_results(options.results)))
+    results = load_results(options.results)
+    for file in options.files:
+        file.write_text(generated(file.read_text(), results))
 
 
 if __name__ == "__main__":
