@@ -11,6 +11,7 @@ from recattn_kernels.ops.indrnn import indrnn
 from recattn_kernels.ops.lstm import lstm
 from recattn_kernels.ops.lstm_step import lstm_step
 from recattn_kernels.ops.rnn import rnn
+from recattn_kernels.ops.slot_attention import slot_attention
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "lstm_step",
     "patch_model",
     "rnn",
+    "slot_attention",
     "unpatch_model",
     "use_backend",
 ]

@@ -84,6 +84,12 @@ def positive(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be positive, got {value!r}")
 
 
+def not_negative(op: str, name: str, value: Any) -> None:
+    number(op, name, value)
+    if not value >= 0:
+        raise ValueError(f"{op}: {name} must be at least 0, got {value!r}")
+
+
 def number(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
@@ -97,12 +103,12 @@ def probability(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {value!r}")
 
 
-def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor) -> None:
+def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor, beside: str = "x") -> None:
     """A bool tensor beside x."""
     tensor(op, name, value)
     dtype(op, name, value, (torch.bool,))
     shape(op, name, value, symbols, expected)
-    device(op, name, value, "x", x)
+    device(op, name, value, beside, x)
 
 
 def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:

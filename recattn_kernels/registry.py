@@ -8,9 +8,10 @@ from recattn_kernels.ops.indrnn.spec import SPEC as INDRNN
 from recattn_kernels.ops.lstm.spec import SPEC as LSTM
 from recattn_kernels.ops.lstm_step.spec import SPEC as LSTM_STEP
 from recattn_kernels.ops.rnn.spec import SPEC as RNN
+from recattn_kernels.ops.slot_attention.spec import SPEC as SLOT_ATTENTION
 from recattn_kernels.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP)
+OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, SLOT_ATTENTION)
 
 
 def find(name: str) -> OpSpec:
