@@ -1,0 +1,24 @@
+"""The backends of glimpse, and its results as empty tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import backends
+
+SMOOTH = ("area", "bilinear")
+COMPATIBLE = ("kevinzakka", "tf", "dpnn")
+MODES = (*SMOOTH, *COMPATIBLE)
+PADDINGS = ("zeros", "border", "reflect")
+
+
+def empty(
+    image: Tensor, loc: Tensor, zoom: Tensor | None, height: int, width: int, scales: int, factor: float, base: float,
+    mode: str, padding: str, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    B, C = image.shape[:2]
+    return (image.new_empty((B, loc.shape[1], scales, C, height, width), dtype=dtype),)
+
+
+BACKENDS: backends.Table = {}
