@@ -1,13 +1,13 @@
 """Multi-scale glimpses in plain PyTorch: the definition that every other backend is tested against.
 
-Scale s has cells of k = zoom * scale_factor^s pixels around the centre c = (l + 1)/2 * N of each axis of N pixels, pixel p
-covering [p, p + 1]. Both smooth modes are separable, out = Wy I Wx^T:
+Scale s has cells of k = zoom * scale_factor^s pixels around the centre c = (l + 1)/2 * N of an axis of N pixels, of which
+pixel p covers [p, p + 1]. Both smooth modes are separable, out = Wy I Wx^T:
 
 area:      w(j, p) = (R_p(e[j+1]) - R_p(e[j])) / k,  e[j] = c + (j - n/2) * k,  R_p(e) the part of pixel p before e
 bilinear:  one tap at c + (j + 1/2 - n/2) * k
 
-The compatible modes crop whole pixels, as kevinzakka/recurrent-visual-attention, TensorFlow's extract_glimpse and Torch's
-dpnn do, in their own arithmetic.
+The compatible modes crop whole pixels, as kevinzakka/recurrent-visual-attention, TensorFlow's extract_glimpse and
+Torch's dpnn do, in their own arithmetic.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def glimpse(
     image: Tensor, loc: Tensor, zoom: Tensor | None, height: int, width: int, scales: int, factor: float, base: float,
     mode: str, padding: str, dtype: torch.dtype,
 ) -> tuple[Tensor]:  # fmt: skip
-    """image (B,C,H,W), loc (B,G,2) in the order x, y, zoom (B,G), to be multiplied by base -> (B,G,S,C,height,width)."""
+    """image (B,C,H,W), loc (B,G,2) as x, y, zoom (B,G), to be multiplied by base -> (B,G,S,C,height,width)."""
     valid = loc.isfinite().all(-1)  # (B, G)
     if zoom is not None:
         valid = valid & zoom.isfinite() & (zoom > 0)
@@ -140,7 +140,7 @@ def _before(edge: Tensor, p: Tensor, padding: str) -> Tensor:
 
 
 def _part(edge: Tensor, p: Tensor) -> Tensor:
-    """0 up to p, edge - p within it, 1 from p + 1: at p itself with the derivative to the right, which clamp would halve."""
+    """0 up to p, edge - p within it, 1 from p + 1; the derivative at p is the one to the right, not half of it."""
     pixel = edge.floor()
     return torch.where(pixel > p, 1.0, torch.where(pixel == p, edge - pixel, 0.0))
 
