@@ -126,7 +126,7 @@ class Axis {
  private:
   Buffer<Cell<R>> cell_buffer_;
   Buffer<R> tap_buffer_, share_buffer_;
-  Buffer<double> edge_buffer_;
+  Buffer<double> edge_buffer_, pixel_buffer_;
   Buffer<int64_t> place_buffer_;
   Cell<R>* cells_ = nullptr;
   R* taps_ = nullptr;
@@ -195,20 +195,23 @@ class Axis {
   // The boxes of an image with nothing around it, the usual ones: edge by edge, so that loops vectorise.
   void boxes(double centre, double k, double half, int64_t begin, int64_t end, bool wanted) {
     const int64_t edges = end - begin + 1;
-    double* const steps = edge_buffer_.at_least(2 * edges);
-    double* const pixels = steps + edges;
-    R* const shares = share_buffer_.at_least(2 * edges);
-    int64_t* const places = place_buffer_.at_least(edges);
+    double* const __restrict steps = edge_buffer_.at_least(edges);
+    double* const __restrict pixels = pixel_buffer_.at_least(edges);
+    R* const __restrict shares = share_buffer_.at_least(2 * edges);
+    int64_t* const __restrict places = place_buffer_.at_least(edges);
     multiples(steps, double(begin) - half, k, edges);
-    const double most = double(N_);
+    const double most = double(N_), per_k = 1 / k;
+    RECATTN_INDEPENDENT
     for (int64_t i = 0; i < edges; ++i) {
       const double edge = centre + steps[i], pixel = down(edge), f = edge - pixel;
       pixels[i] = pixel;
-      shares[i] = R(f / k);
-      shares[edges + i] = R((1 - f) / k);
-      places[i] = int64_t(pixel > -1 ? (pixel < most ? pixel : most) : -1.0);
+      // Rounded to float the product is as good as the quotient.
+      shares[i] = R(sizeof(R) == 4 ? f * per_k : f / k);
+      shares[edges + i] = R(sizeof(R) == 4 ? (1 - f) * per_k : (1 - f) / k);
+      const double above = pixel > -1 ? pixel : -1;
+      places[i] = int64_t(above < most ? above : most);
     }
-    const R inner = R(1 / k);
+    const R inner = R(per_k);
     low = INT64_MAX, high = 0;
     for (int64_t i = 0; i + 1 < edges; ++i) {
       const int64_t a = places[i], b = places[i + 1];
