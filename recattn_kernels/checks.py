@@ -90,6 +90,19 @@ def not_negative(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be at least 0, got {value!r}")
 
 
+def finite_positive(op: str, name: str, value: Any) -> None:
+    positive(op, name, value)
+    if value == float("inf"):
+        raise ValueError(f"{op}: {name} must be finite, got {value!r}")
+
+
+def count(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{op}: {name} must be positive, got {value!r}")
+
+
 def number(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")

@@ -18,7 +18,7 @@ import torch
 from recattn_kernels import backends, conformance, registry
 from recattn_kernels.bench import console
 from recattn_kernels.bench.environment import environment, support
-from recattn_kernels.spec import OpSpec, Sample, cast, tensors
+from recattn_kernels.spec import OpSpec, Sample, tensors
 
 # A check's quick form: samples of at most so many elements, and so many of them an op.
 QUICK_ELEMENTS, QUICK_SAMPLES = 500, 12
@@ -87,7 +87,7 @@ def check_samples(
     passed = ran = 0
     worst, complaints = 0.0, []
     for sample in quick_samples(spec) if quick else spec.samples:
-        args, kwargs = cast(sample.make(torch.Generator().manual_seed(0)), dtype, device)
+        args, kwargs = spec.arguments(sample, dtype, device)
         if backends.explain(spec.name, *args, **kwargs)[backend] is not None:
             continue
         ran += 1

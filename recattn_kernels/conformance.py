@@ -230,10 +230,7 @@ def compare(
     mixed keeps everything but the first argument in float32, beside a 16-bit first argument. layout and used shape the
     output gradients as in output_gradients().
     """
-    args, kwargs = sample.make(torch.Generator().manual_seed(0))
-    others = torch.float32 if mixed else dtype
-    args = (cast(args[0], dtype, device), *cast(args[1:], others, device))
-    kwargs = cast(kwargs, others, device)
+    args, kwargs = spec.arguments(sample, dtype, device, mixed=mixed)
     exact_args, exact_kwargs = exactly(args), exactly(kwargs)
 
     defining = {**spec.variants[0], "backend": "reference"}

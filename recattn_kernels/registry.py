@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recattn_kernels.ops.glimpse.spec import SPEC as GLIMPSE
 from recattn_kernels.ops.gru.spec import SPEC as GRU
 from recattn_kernels.ops.gru_step.spec import SPEC as GRU_STEP
 from recattn_kernels.ops.indrnn.spec import SPEC as INDRNN
@@ -11,7 +12,7 @@ from recattn_kernels.ops.rnn.spec import SPEC as RNN
 from recattn_kernels.ops.slot_attention.spec import SPEC as SLOT_ATTENTION
 from recattn_kernels.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, SLOT_ATTENTION)
+OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, SLOT_ATTENTION, GLIMPSE)
 
 
 def find(name: str) -> OpSpec:

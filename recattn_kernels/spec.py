@@ -78,6 +78,16 @@ class OpSpec:
     # Keyword arguments of function, each a line of its own in a sweep for every backend that takes them. The first are
     # those by which the reference defines the op.
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    wide: bool = False  # beside a 16-bit first argument the others are float32, and nothing else
+
+    def arguments(
+        self, sample: Sample, dtype: torch.dtype, device: str, *, mixed: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A sample's arguments in dtype on device; mixed: float32 but for the first."""
+        args, kwargs = sample.make(torch.Generator().manual_seed(0))
+        sixteen_bit = dtype in (torch.bfloat16, torch.float16)
+        others = torch.float32 if mixed or (self.wide and sixteen_bit) else dtype
+        return (cast(args[0], dtype, device), *cast(args[1:], others, device)), cast(kwargs, others, device)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -136,10 +136,10 @@ def test_one_compilation_serves_every_size(spec: OpSpec) -> None:
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(spec.function, fullgraph=True, dynamic=True, backend=counter)
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample, torch.float32)
+    (x, *rest), kwargs = arguments(sample, torch.float32)
     for size in (5, 7, 11):
         args = (torch.randn(size, size + 1, *x.shape[2:]), *rest) if spec.sized is None else spec.sized(size)
-        torch.testing.assert_close(compiled(*args), spec.function(*args))
+        torch.testing.assert_close(compiled(*args, **kwargs), spec.function(*args, **kwargs))
     assert counter.frame_count == 1
 
 
@@ -159,22 +159,22 @@ def test_compiled_code_follows_use_backend(spec: OpSpec) -> None:
 class Module(torch.nn.Module):
     """The op behind a trainable scale."""
 
-    def __init__(self, spec: OpSpec, rest: list[Any]) -> None:
+    def __init__(self, spec: OpSpec, rest: list[Any], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.kwargs = spec, kwargs
         self.scale = torch.nn.Parameter(torch.ones(()))
         self.rest = torch.nn.ParameterList(rest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors(self.spec.function(x * self.scale, *self.rest)))
+        return tuple(tensors(self.spec.function(x * self.scale, *self.rest, **self.kwargs)))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("spec", OP)
 def test_exported_program_trains(spec: OpSpec) -> None:
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample, torch.float32)
-    module = Module(spec, rest)
+    (x, *rest), kwargs = arguments(sample, torch.float32)
+    module = Module(spec, rest, kwargs)
     exported = torch.export.export(module, (x.detach(),)).module()
     for m in (module, exported):
         sum(o.sum() for o in m(x.detach())).backward()
@@ -188,11 +188,11 @@ def test_exported_program_trains(spec: OpSpec) -> None:
 def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
     """Under autocast a projection gives a 16-bit x beside float32 parameters."""
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample, torch.float32)
+    (x, *rest), kwargs = arguments(sample, torch.float32)
     weight = torch.eye(x.shape[-1], requires_grad=True)
     with torch.autocast("cpu", dtype):
-        outputs = tensors(spec.function(x @ weight, *rest))
-    plain = tensors(spec.function(x.to(dtype), *rest, backend="reference"))
+        outputs = tensors(spec.function(x @ weight, *rest, **kwargs))
+    plain = tensors(spec.function(x.to(dtype), *rest, **kwargs, backend="reference"))
     assert [o.dtype for o in outputs] == [o.dtype for o in plain]
     grads = torch.autograd.grad(sum(o.float().sum() for o in outputs), [weight, *rest])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
@@ -201,21 +201,21 @@ def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", OP)
 def test_vmap(spec: OpSpec) -> None:
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample)
+    (x, *rest), kwargs = arguments(sample)
     many = torch.stack([x, x * 2, x - 1]).detach()
-    got = tensors(torch.vmap(lambda x: spec.function(x, *rest))(many))
+    got = tensors(torch.vmap(lambda x: spec.function(x, *rest, **kwargs))(many))
     for i, x in enumerate(many):
-        torch.testing.assert_close([o[i] for o in got], tensors(spec.function(x, *rest)))
+        torch.testing.assert_close([o[i] for o in got], tensors(spec.function(x, *rest, **kwargs)))
 
 
 @pytest.mark.parametrize("spec", OP)
 def test_func_grad_and_jvp(spec: OpSpec) -> None:
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample)
+    (x, *rest), kwargs = arguments(sample)
     direction = torch.randn_like(x)
 
     def loss(x: Tensor) -> Tensor:
-        return sum(o.square().sum() for o in tensors(spec.function(x, *rest)))
+        return sum(o.square().sum() for o in tensors(spec.function(x, *rest, **kwargs)))
 
     (expected,) = torch.autograd.grad(loss(x), x)
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
@@ -230,9 +230,9 @@ def test_func_grad_and_jvp(spec: OpSpec) -> None:
 @pytest.mark.parametrize("spec", FUSED_ON_CPU)
 def test_a_fused_backend_refuses_a_transform(spec: OpSpec) -> None:
     sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), _ = arguments(sample)
+    (x, *rest), kwargs = arguments(sample)
     with pytest.raises(BackendUnavailableError, match="only the reference runs under a functorch"):
-        torch.vmap(lambda x: spec.function(x, *rest, backend="cpp"))(x.detach()[None])
+        torch.vmap(lambda x: spec.function(x, *rest, **kwargs, backend="cpp"))(x.detach()[None])
 
 
 @pytest.mark.parametrize("spec", OP)

@@ -55,8 +55,8 @@ def skip_where_unavailable(spec: OpSpec, backend: str, device: str, dtype: torch
     reason = backends.machine_refusal(backend, device)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    args, kwargs = sample.make(torch.Generator())
-    refused = backends.explain(spec.name, *cast(args, dtype, device), **cast(kwargs, dtype, device))[backend]
+    args, kwargs = spec.arguments(sample, dtype, device)
+    refused = backends.explain(spec.name, *args, **kwargs)[backend]
     if backend in sample.refused_by:
         assert refused is not None
         pytest.skip(f"{backend}: {refused}")

@@ -66,4 +66,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_capability", &isa::set_capability);
   bind_recurrent(m);
   bind_slot_attention(m);
+  bind_glimpse(m);
 }

@@ -1,0 +1,35 @@
+"""The backends of glimpse, and its results as empty tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recattn_kernels import backends
+from recattn_kernels.ops.operator import Call
+
+SMOOTH = ("area", "bilinear")
+COMPATIBLE = ("kevinzakka", "tf", "dpnn")
+MODES = (*SMOOTH, *COMPATIBLE)
+PADDINGS = ("zeros", "border", "reflect")
+
+
+def empty(
+    image: Tensor, loc: Tensor, zoom: Tensor | None, height: int, width: int, scales: int, factor: float, base: float,
+    mode: str, padding: str, dtype: torch.dtype,
+) -> tuple[Tensor]:  # fmt: skip
+    B, C = image.shape[:2]
+    return (image.new_empty((B, loc.shape[1], scales, C, height, width), dtype=dtype),)
+
+
+def _cpp_refusal(call: Call) -> str | None:
+    return None
+
+
+def _triton_refusal(call: Call) -> str | None:
+    if call.inputs[1] is not None and call.inputs[1].dtype == torch.float64:
+        return "it computes in float32, loc is float64"
+    return None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}
