@@ -5,6 +5,7 @@ from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.ops.additive_attention import additive_attention
 from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.gru_step import gru_step
 from recattn_kernels.ops.indrnn import indrnn
@@ -25,6 +26,7 @@ __all__ = [
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "additive_attention",
     "explain",
     "gru",
     "gru_step",

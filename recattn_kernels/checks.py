@@ -97,12 +97,14 @@ def probability(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {value!r}")
 
 
-def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor) -> None:
+def mask(
+    op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor, beside: str = "x"
+) -> None:
     """A bool tensor beside x."""
     tensor(op, name, value)
     dtype(op, name, value, (torch.bool,))
     shape(op, name, value, symbols, expected)
-    device(op, name, value, "x", x)
+    device(op, name, value, beside, x)
 
 
 def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:

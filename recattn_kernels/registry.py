@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recattn_kernels.ops.additive_attention.spec import SPEC as ADDITIVE_ATTENTION
 from recattn_kernels.ops.gru.spec import SPEC as GRU
 from recattn_kernels.ops.gru_step.spec import SPEC as GRU_STEP
 from recattn_kernels.ops.indrnn.spec import SPEC as INDRNN
@@ -10,7 +11,7 @@ from recattn_kernels.ops.lstm_step.spec import SPEC as LSTM_STEP
 from recattn_kernels.ops.rnn.spec import SPEC as RNN
 from recattn_kernels.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP)
+OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, ADDITIVE_ATTENTION)
 
 
 def find(name: str) -> OpSpec:
