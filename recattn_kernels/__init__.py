@@ -1,6 +1,7 @@
 """Fused recurrent and attention kernels for PyTorch, each with a plain-PyTorch reference beside it."""
 
 from recattn_kernels.backends import BackendUnavailableError, explain, use_backend
+from recattn_kernels.layers.additive_attention import AdditiveAttention, AttentionLSTMCell
 from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
@@ -19,6 +20,8 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "AttentionLSTMCell",
     "BackendUnavailableError",
     "GRUCell",
     "IndRNN",

@@ -97,9 +97,7 @@ def probability(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be a probability in [0, 1], got {value!r}")
 
 
-def mask(
-    op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor, beside: str = "x"
-) -> None:
+def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...], x: Tensor, beside: str = "x") -> None:
     """A bool tensor beside x."""
     tensor(op, name, value)
     dtype(op, name, value, (torch.bool,))

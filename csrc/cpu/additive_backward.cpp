@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t ROWS = AdditiveBackward::ROWS;
 
-// n numbers of a result. They are not read soon, and a store past the caches spares memory the read of what it
-// overwrites.
 template <class S, class R>
 RECATTN_FN void put(S* to, const R* from, int64_t n) {
   if constexpr (sizeof(S) == 2) {

@@ -100,7 +100,7 @@ def additive_attention(
         return_weights: also return a.
         backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
-    Returns: the context, (B, D), in query's dtype; with return_weights the pair (context, a), a (B, N) in query's dtype.
+    Returns: the context, (B, D); with return_weights the pair (context, a), a (B, N). Both have query's dtype.
 
     Gradients: query, keys, weight and values, of any order, by way of a too; forward-mode AD, functorch transforms and
     second derivatives run the reference. For the backward only a is saved beside the inputs; act is computed again.

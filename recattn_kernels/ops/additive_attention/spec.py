@@ -17,12 +17,16 @@ FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 def sample(name: str, B: int, N: int, A: int, D: int, /, *, masked: bool = False, **kwargs: Any) -> Sample:
     def make(generator: Generator) -> Arguments:
-        args = (
-            randn(generator, B, A), randn(generator, B, N, A), randn(generator, A), randn(generator, B, N, D),
-        )  # fmt: skip
+        args = (randn(generator, B, A), randn(generator, B, N, A), scores(generator, A), randn(generator, B, N, D))
         return args, kwargs | ({"mask": mask(generator, B, N)} if masked else {})
 
     return Sample(name, make)
+
+
+def scores(generator: Generator, A: int) -> Tensor:
+    """A weight for scores of about 1, as of a layer at its initialisation. Large ones make a choice of the softmax, and
+    its gradient the difference of equal numbers: nothing then tells float64's roundings from what they leave."""
+    return randn(generator, A, grad=False).mul_(max(A, 1) ** -0.5).requires_grad_()
 
 
 def mask(generator: Generator, B: int, N: int) -> Tensor:
@@ -37,7 +41,7 @@ def everything(generator: Generator) -> Arguments:
     B, N, A, D = 4, 7, 37, 19
     query = randn(generator, A, B, grad=False).t().requires_grad_()
     keys = randn(generator, 2 * N, B, A + 3, grad=False)[::2, :, 3:].transpose(0, 1).requires_grad_()
-    weight = randn(generator, 2 * A, grad=False)[::2].requires_grad_()
+    weight = scores(generator, 2 * A).detach()[::2].requires_grad_()
     values = randn(generator, B, D, N, grad=False).transpose(1, 2).requires_grad_()
     kept = mask(generator, N, B).t()
     kept[1] = False
@@ -49,7 +53,7 @@ def beams(generator: Generator) -> Arguments:
     kept = torch.arange(5) < 3
     rest = (randn(generator, 1, 5, width, grad=False) for width in (6, 65))
     keys, values = (t.masked_fill(~kept[:, None], float("nan")).expand(3, -1, -1).requires_grad_() for t in rest)
-    return (randn(generator, 3, 6), keys, randn(generator, 6), values), {"mask": kept.expand(3, 5)}
+    return (randn(generator, 3, 6), keys, scores(generator, 6), values), {"mask": kept.expand(3, 5)}
 
 
 def planted(value: float, where: int) -> Sample:
@@ -70,7 +74,6 @@ def inputs(workload: Workload, dtype: torch.dtype, device: str, generator: Gener
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
 
-    # Scores of about 1, as of a layer at its initialisation.
     return (draw(B, A), draw(B, N, A), draw(A, scale=A**-0.5), draw(B, N, D)), {}
 
 
@@ -79,7 +82,9 @@ def cost(workload: Workload, dtype: torch.dtype, backward: bool) -> tuple[int, i
     B, N, A, D = (workload.sizes[name] for name in "BNAD")
     large = B * N * (A + D)
     small = B * (A + D) + A
-    return (3 if backward else 1) * (large + small) * dtype.itemsize, B * N * ((8 if backward else 3) * A + (6 if backward else 2) * D)
+    return (3 if backward else 1) * (large + small) * dtype.itemsize, B * N * (
+        (8 if backward else 3) * A + (6 if backward else 2) * D
+    )
 
 
 def sized(n: int) -> tuple[torch.Tensor, ...]:
@@ -107,7 +112,9 @@ SPEC = OpSpec(
         planted(-float("inf"), 0),
         planted(float("inf"), 3),
     ),
-    workloads=(Workload("caption", {"B": 32, "N": 196, "A": 512, "D": 2048}, "Show, attend and tell, on a 14 x 14 map"),),
+    workloads=(
+        Workload("caption", {"B": 32, "N": 196, "A": 512, "D": 2048}, "Show, attend and tell, on a 14 x 14 map"),
+    ),
     inputs=inputs,
     cost=cost,
     sized=sized,
