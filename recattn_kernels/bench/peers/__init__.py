@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recattn_kernels import backends
-from recattn_kernels.bench.peers import gated, indrnn
+from recattn_kernels.bench.peers import additive_attention, gated, indrnn
 from recattn_kernels.bench.peers.case import Case, Impl, reference_of
 
 __all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
@@ -25,6 +25,8 @@ NOTES = {
     "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
     "zoneout:": "with zoneout, as in evaluation",
+    "broadcast": "eager PyTorch as captioning code has it: (softmax(e).unsqueeze(2) * values).sum(1)",
+    "step:": "a word through a decoder of width 512: attention, gate, LSTM; keys projected beforehand, or every time",
 }
 
 # op -> its peers, given the case and the op's reference
@@ -33,6 +35,7 @@ PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
     "rnn": functools.partial(gated.peers, layer="RNN"),
     "lstm": functools.partial(gated.peers, layer="LSTM"),
     "gru": functools.partial(gated.peers, layer="GRU"),
+    "additive_attention": additive_attention.peers,
 }
 
 
