@@ -18,4 +18,4 @@ def _triton_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _runs_all}
+BACKENDS: backends.Table = {"cpp": _runs_all, "triton": _triton_refusal}
