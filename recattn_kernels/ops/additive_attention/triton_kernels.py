@@ -31,14 +31,15 @@ def positions(N, ROWS: tl.constexpr):
 
 @triton.jit
 def unmasked(mask_ptr, b, n, mask_stride_b, mask_stride_n, there):
-    if mask_ptr is None:
-        return there
-    return tl.load(mask_ptr + b * mask_stride_b + n.to(tl.int64) * mask_stride_n, mask=there, other=0) != 0
+    if mask_ptr is not None:
+        there = tl.load(mask_ptr + b * mask_stride_b + n.to(tl.int64) * mask_stride_n, mask=there, other=0) != 0
+    return there
 
 
 @triton.jit
 def hint(value, ALIGNED: tl.constexpr):
-    return tl.multiple_of(value, 16) if ALIGNED else value
+    # tl.multiple_of says nothing of a kernel's argument.
+    return value // 16 * 16 if ALIGNED else value
 
 
 @triton.jit
