@@ -216,14 +216,15 @@ class Encoder(nn.Module):
             convolution(3, half, 5, 2), convolution(half, features, 3, 2), convolution(features, features, 3, 1),
             nn.Conv2d(features, features, 3, padding=1),
         )  # fmt: skip
-        self.place = nn.Linear(4, features)
+        self.place, self.mix = nn.Linear(4, features), nn.Linear(features, features)
         line = torch.linspace(-1, 1, GRID)
         y, x = torch.meshgrid(line, line, indexing="ij")
         self.register_buffer("places", torch.stack((x, y, -x, -y), -1).flatten(0, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.layers(image).flatten(2).transpose(1, 2)
-        return F.relu(features + self.place(self.places))
+        # Mixed, so that their mean, which the decoder starts from, tells what is where.
+        return F.relu(self.mix(F.relu(features + self.place(self.places))))
 
 
 class State(NamedTuple):
@@ -504,7 +505,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="2000 by default.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.001, help="Ends the training, if steps do not.")] = None,
-    lr: Annotated[float, typer.Option(help="Adam's, at the start.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Adam's, at the start.")] = 3e-3,
     penalty: Annotated[float, typer.Option(min=0, help="Of doubly stochastic attention.")] = 1.0,
     entropy: Annotated[float, typer.Option(min=0, help="What hard attention gains by staying undecided.")] = 0.002,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 200,
