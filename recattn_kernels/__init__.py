@@ -1,10 +1,12 @@
 """Fused recurrent and attention kernels for PyTorch, each with a plain-PyTorch reference beside it."""
 
 from recattn_kernels.backends import BackendUnavailableError, explain, use_backend
+from recattn_kernels.layers.additive_attention import AdditiveAttention, AttentionLSTMCell
 from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.ops.additive_attention import additive_attention
 from recattn_kernels.ops.glimpse import glimpse
 from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.gru_step import gru_step
@@ -20,6 +22,8 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "AttentionLSTMCell",
     "BackendUnavailableError",
     "GRUCell",
     "IndRNN",
@@ -27,6 +31,7 @@ __all__ = [
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "additive_attention",
     "explain",
     "glimpse",
     "gru",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recattn_kernels.ops.additive_attention.spec import SPEC as ADDITIVE_ATTENTION
 from recattn_kernels.ops.glimpse.spec import SPEC as GLIMPSE
 from recattn_kernels.ops.gru.spec import SPEC as GRU
 from recattn_kernels.ops.gru_step.spec import SPEC as GRU_STEP
@@ -12,7 +13,7 @@ from recattn_kernels.ops.rnn.spec import SPEC as RNN
 from recattn_kernels.ops.slot_attention.spec import SPEC as SLOT_ATTENTION
 from recattn_kernels.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, SLOT_ATTENTION, GLIMPSE)
+OPS: tuple[OpSpec, ...] = (INDRNN, RNN, LSTM, GRU, LSTM_STEP, GRU_STEP, SLOT_ATTENTION, GLIMPSE, ADDITIVE_ATTENTION)
 
 
 def find(name: str) -> OpSpec:

@@ -67,4 +67,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_recurrent(m);
   bind_slot_attention(m);
   bind_glimpse(m);
+  bind_additive(m);
 }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "../cpu/additive.h"
 #include "../cpu/kernels.h"
 
 namespace recattn {
@@ -21,11 +22,14 @@ struct Isa {
   void (*column_sum)(const ColumnSum&);
   void (*gated_forward)(const GatedForward&);
   void (*gated_backward)(const GatedBackward&);
+  void (*additive_forward)(const AdditiveForward&);
+  void (*additive_backward)(const AdditiveBackward&);
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
 int test_gemm(const std::vector<Isa>& isas);
 int test_gated(const std::vector<Isa>& isas);
+int test_additive(const std::vector<Isa>& isas);
 
 namespace {
 

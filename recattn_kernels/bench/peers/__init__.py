@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recattn_kernels import backends
-from recattn_kernels.bench.peers import gated, glimpse, indrnn
+from recattn_kernels.bench.peers import additive_attention, gated, glimpse, indrnn
 from recattn_kernels.bench.peers.case import Case, Impl, reference_of
 
 __all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
@@ -29,6 +29,8 @@ NOTES = {
     "grid_sample": "a bilinear tap of F.grid_sample for every pixel of the windows, pooled",
     "conv3x3": "a convolution of the whole image, to 16 channels",
     "zoneout:": "with zoneout, as in evaluation",
+    "broadcast": "eager PyTorch as captioning code has it: (softmax(e).unsqueeze(2) * values).sum(1)",
+    "step:": "a word through a decoder of width 512: attention, gate, LSTM; keys projected beforehand, or every time",
 }
 
 # op -> its peers, given the case and the op's reference
@@ -38,6 +40,7 @@ PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
     "lstm": functools.partial(gated.peers, layer="LSTM"),
     "gru": functools.partial(gated.peers, layer="GRU"),
     "glimpse": glimpse.peers,
+    "additive_attention": additive_attention.peers,
 }
 
 
