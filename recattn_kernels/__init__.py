@@ -5,6 +5,7 @@ from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.layers.slot_attention import SlotAttention
 from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.gru_step import gru_step
 from recattn_kernels.ops.indrnn import indrnn
@@ -26,6 +27,7 @@ __all__ = [
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "SlotAttention",
     "explain",
     "gru",
     "gru_step",
