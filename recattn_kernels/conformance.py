@@ -31,24 +31,27 @@ class AccurateProducts(TorchDispatchMode):
     """Products of float64 matrices to about 106 bits, before they are rounded to float64."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten.mm.default and args[0].dtype == torch.float64:
+        if op in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float64:
             return accurate_product(*args)
         return op(*args, **(kwargs or {}))
 
 
 def accurate_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (K, N): every term and every sum with what its rounding loses (Ogita, Rump and Oishi, 2005)."""
+    """a ([B,] M, K) times b ([B,] K, N): every term and every sum with what its rounding loses (Ogita, Rump and Oishi,
+    2005)."""
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         high = (x * 134217729.0) - (x * 134217729.0 - x)  # 2^27 + 1: each half has 26 bits
         return high, x - high
 
-    total, lost = a.new_zeros(a.shape[0], b.shape[1]), a.new_zeros(a.shape[0], b.shape[1])
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    lost = torch.zeros_like(total)
     (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
-    for k in range(a.shape[1]):
-        term = a[:, k, None] * b[k]
-        high, low = a_high[:, k, None], a_low[:, k, None]
-        lost += low * b_low[k] - (((term - high * b_high[k]) - low * b_high[k]) - high * b_low[k])
+    for k in range(a.shape[-1]):
+        column, row = (..., k, None), (..., k, None, slice(None))  # of a, of b
+        term = a[column] * b[row]
+        high, low, high_b, low_b = a_high[column], a_low[column], b_high[row], b_low[row]
+        lost += low * low_b - (((term - high * high_b) - low * high_b) - high * low_b)
         after = total + term
         came = after - total
         lost += (total - (after - came)) + (term - came)

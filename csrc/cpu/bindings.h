@@ -18,5 +18,6 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_recurrent(pybind11::module_& m);
+void bind_slot_attention(pybind11::module_& m);
 
 }  // namespace recattn

@@ -2,14 +2,9 @@
 // of their tensors lie, and how the work is divided over threads.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include <new>
-
 #include "kernels.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -164,50 +159,6 @@ void normalise_backward(R* grad, const R* normed, R rstd, int64_t n) {
   const R along = sum_of<R>(n, [&](int64_t i) { return grad[i] * normed[i]; }) / R(n);
   RECATTN_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) grad[i] = rstd * (grad[i] - mean - normed[i] * along);
-}
-
-// Memory for as long as a kernel runs, in pieces that begin on lines of the cache.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) : memory(static_cast<char*>(::operator new(bytes + 64))) {
-    next = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
-  }
-  Workspace(const Workspace&) = delete;
-  ~Workspace() { ::operator delete(memory); }
-
-  template <class R>
-  static int64_t bytes(int64_t n) {
-    return (n * int64_t(sizeof(R)) + 63) / 64 * 64;
-  }
-  template <class R>
-  R* take(int64_t n) {
-    R* taken = reinterpret_cast<R*>(next);
-    next += bytes<R>(n);
-    return taken;
-  }
-
- private:
-  char *memory, *next;
-};
-
-// Calls f(thread, threads) on every thread.
-template <class F>
-void on_threads(int threads, F f) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    f(int64_t(omp_get_thread_num()), int64_t(omp_get_num_threads()));
-    return;
-  }
-#endif
-  (void)threads;
-  f(int64_t(0), int64_t(1));
-}
-
-[[maybe_unused]] inline void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
 }
 
 // What one thread does at every step: some rows of the batch, some panels of the weights.

@@ -81,7 +81,7 @@ __attribute__((noinline)) void tile(const R* const* rows, const R* weights, int6
 
 template <int V, class R>
 struct Tiles {
-  static constexpr int ROWS = SUMS / V;
+  static constexpr int ROWS = SUMS / V < 8 ? SUMS / V : 8;
   using Function = void (*)(const R* const*, const R*, int64_t, int64_t, R*, int64_t, bool);
 
   // n rows in tiles of about equal height, so that none is too low to keep the arithmetic units busy.

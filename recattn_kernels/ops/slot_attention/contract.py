@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops.operator import Call
 from recattn_kernels.ops.sequence import compute_dtype
 
 # The op's inputs and options, in the order of the schema: every backend takes them so.
@@ -41,4 +42,8 @@ def empty_forward(
     return updates, attn, mean, q.new_empty(q.shape[:-1], dtype=wide)
 
 
-BACKENDS: backends.Table = {}
+def _cpp_refusal(call: Call) -> str | None:
+    return None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal}

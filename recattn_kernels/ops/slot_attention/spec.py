@@ -109,7 +109,7 @@ SPEC = OpSpec(
     name="slot_attention",
     function=slot_attention,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT)},
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT)},
     samples=(
         sample("plain", 2, 4, 9, 8, 8),
         sample(

@@ -1,0 +1,72 @@
+// Slot attention.
+#include <array>
+
+#include "bindings.h"
+#include "slot_attention.h"
+
+namespace py = pybind11;
+
+namespace recattn {
+namespace {
+
+// Address, dtype, strides over batch, heads and inputs.
+using RowsArgument = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+
+Rows rows(const RowsArgument& a) {
+  return {pointer(std::get<0>(a)), Dtype(std::get<1>(a)), std::get<2>(a), std::get<3>(a), std::get<4>(a)};
+}
+
+// What both directions take: sizes (B, heads, K, N, D, Dv), whether R is double, (scale, eps), (denominator, joint),
+// threads, q, k, v, bias, slot_mask and input_mask.
+using Arguments = std::tuple<std::array<int64_t, 6>, bool, std::array<double, 2>, std::array<bool, 2>, int, uintptr_t,
+                             RowsArgument, RowsArgument, uintptr_t, uintptr_t, uintptr_t>;
+
+template <class P>
+P common(const Arguments& arguments) {
+  P p{};
+  const auto& [sizes, wide, numbers, flags, threads, q, k, v, bias, slot_mask, input_mask] = arguments;
+  p.B = sizes[0], p.heads = sizes[1], p.K = sizes[2], p.N = sizes[3], p.D = sizes[4], p.Dv = sizes[5];
+  p.wide = wide;
+  p.scale = numbers[0], p.eps = numbers[1];
+  p.denominator = flags[0], p.joint = flags[1];
+  p.threads = threads;
+  p.q = pointer(q);
+  p.k = rows(k), p.v = rows(v);
+  p.bias = pointer(bias);
+  p.slot_mask = pointer<uint8_t>(slot_mask);
+  p.input_mask = pointer<uint8_t>(input_mask);
+  return p;
+}
+
+}  // namespace
+
+void bind_slot_attention(py::module_& m) {
+  m.def("slot_attention_forward",
+        [](const Arguments& arguments, uintptr_t updates, uintptr_t den, const RowsArgument& attn) {
+          auto p = common<SlotAttentionForward>(arguments);
+          p.updates = pointer(updates);
+          p.den = pointer(den);
+          p.attn = rows(attn);
+          py::gil_scoped_release release;
+          RECATTN_RUN(slot_attention_forward, p);
+        });
+
+  // grads: of q, bias (of R), k and v.
+  m.def("slot_attention_backward",
+        [](const Arguments& arguments, uintptr_t updates, uintptr_t den, uintptr_t grad_updates,
+           const RowsArgument& grad_attn, const std::tuple<uintptr_t, uintptr_t, RowsArgument, RowsArgument>& grads) {
+          auto p = common<SlotAttentionBackward>(arguments);
+          p.updates = pointer(updates);
+          p.den = pointer(den);
+          p.grad_updates = pointer(grad_updates);
+          p.grad_attn = rows(grad_attn);
+          p.grad_q = pointer(std::get<0>(grads));
+          p.grad_bias = pointer(std::get<1>(grads));
+          p.grad_k = rows(std::get<2>(grads));
+          p.grad_v = rows(std::get<3>(grads));
+          py::gil_scoped_release release;
+          RECATTN_RUN(slot_attention_backward, p);
+        });
+}
+
+}  // namespace recattn

@@ -1,0 +1,342 @@
+// What the forward and the backward of slot attention share: how the work is divided, and A for a block of inputs.
+//
+// A block is BLOCK inputs, of those that are not masked. Its tiles are (slots, BLOCK): neighbouring inputs are
+// neighbouring lanes, of which those past the block's end are computed on zeros and never used.
+#pragma once
+
+#include "slot_attention.h"
+#include "tile.h"
+#include "workspace.h"
+
+namespace recattn {
+namespace RECATTN_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 64;
+
+template <class R>
+int64_t padded(int64_t n) {
+  return ceil_div(n, LANES<R>) * LANES<R>;
+}
+
+// out[r][c] (+)= sum over i of row[r][i] * weights[i][c]; columns is a multiple of a vector.
+template <class R>
+void product(const R* a, int64_t a_stride, int64_t rows, const R* weights, int64_t step, int64_t inner, R* out,
+             int64_t out_stride, int64_t columns, bool first) {
+  constexpr int64_t MOST = 8;
+  const R* row[MOST];
+  const int64_t tiles = ceil_div(rows, MOST);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t r = part(rows, i, tiles), n = part(rows, i + 1, tiles) - r;
+    for (int64_t j = 0; j < n; ++j) row[j] = a + (r + j) * a_stride;
+    R* const to = out + r * out_stride;
+    int64_t c = 0;
+    const auto panels = [&]<int V>() {
+      for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
+        Tiles<V, R>::run(row, n, weights + c, step, inner, to + c, out_stride, first);
+      }
+    };
+    if (n <= Tiles<4, R>::ROWS) panels.template operator()<4>();
+    panels.template operator()<2>();
+    panels.template operator()<1>();
+  }
+}
+
+template <int ROWS, int V, class R>
+__attribute__((noinline)) void columns_tile(const R* a, int64_t a_step, const R* weights, int64_t step, int64_t inner,
+                                            R* out, int64_t out_stride, bool first) {
+  Vec<R> sums[ROWS][V] = {};
+  for (int64_t i = 0; i < inner; ++i, a += a_step, weights += step) {
+    Vec<R> w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[r];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      R* const to = out + r * out_stride + v * LANES<R>;
+      if (!first) {
+        Vec<R> before;
+        memcpy(&before, to, VECTOR_BYTES);
+        sums[r][v] += before;
+      }
+      memcpy(to, &sums[r][v], VECTOR_BYTES);
+    }
+  }
+}
+
+// out[r][c] (+)= sum over i of a[i][r] * weights[i][c]: product() with a transposed.
+template <class R>
+void columns_product(const R* a, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner, R* out,
+                     int64_t out_stride, int64_t columns, bool first) {
+  int64_t c = 0;
+  const auto panels = [&]<int V>() {
+    constexpr int ROWS = Tiles<V, R>::ROWS;
+    for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
+      int64_t r = 0;
+      for (; r + ROWS <= rows; r += ROWS) {
+        columns_tile<ROWS, V>(a + r, a_step, weights + c, step, inner, out + r * out_stride + c, out_stride, first);
+      }
+      for (; r < rows; ++r) {
+        columns_tile<1, V>(a + r, a_step, weights + c, step, inner, out + r * out_stride + c, out_stride, first);
+      }
+    }
+  };
+  panels.template operator()<4>();
+  panels.template operator()<2>();
+  panels.template operator()<1>();
+}
+
+template <class F>
+void by_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32: return f.template operator()<float>();
+    case Dtype::float64: return f.template operator()<double>();
+    case Dtype::bfloat16: return f.template operator()<BFloat16>();
+    case Dtype::float16: return f.template operator()<Float16>();
+  }
+}
+
+// n elements of any dtype to and from R.
+template <class R>
+void read(R* to, const Rows& from, int64_t offset, int64_t n) {
+  by_dtype(from.dtype, [&]<class S>() {
+    const S* const source = static_cast<const S*>(from.data) + offset;
+    if constexpr (sizeof(S) > 2) {
+      for (int64_t i = 0; i < n; ++i) to[i] = R(source[i]);
+    } else if constexpr (sizeof(R) == 4) {
+      widen(to, source, n);
+    }
+  });
+}
+template <class R>
+void write(const Rows& to, int64_t offset, const R* from, int64_t n) {
+  by_dtype(to.dtype, [&]<class S>() {
+    S* const target = static_cast<S*>(to.data) + offset;
+    if constexpr (sizeof(S) > 2) {
+      for (int64_t i = 0; i < n; ++i) target[i] = S(from[i]);
+    } else if constexpr (sizeof(R) == 4) {
+      narrow(target, from, n);
+    }
+  });
+}
+
+// exp for x <= 0: 0 far below, where exp_ stays above it.
+template <class R>
+RECATTN_FN R exp_below(R x) {
+  const R e = exp_(x);
+  if constexpr (sizeof(R) == 4) return x < R(-87) ? R(0) : e;
+  return e;
+}
+
+// A = softmax over rows of tile + bias, in place.
+template <class R>
+void softmax(R* tile, const R* bias, int64_t rows) {
+  R most[BLOCK], sum[BLOCK];
+  for (int64_t n = 0; n < BLOCK; ++n) most[n] = tile[n] + bias[0];
+  for (int64_t r = 1; r < rows; ++r) {
+    for (int64_t n = 0; n < BLOCK; ++n) {
+      const R s = tile[r * BLOCK + n] + bias[r];
+      most[n] = s > most[n] ? s : most[n];  // a NaN that is dropped here comes back in the sum
+    }
+  }
+  for (int64_t n = 0; n < BLOCK; ++n) sum[n] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < BLOCK; ++n) {
+      const R e = exp_below(tile[r * BLOCK + n] + bias[r] - most[n]);
+      tile[r * BLOCK + n] = e;
+      sum[n] += e;
+    }
+  }
+  for (int64_t n = 0; n < BLOCK; ++n) sum[n] = R(1) / sum[n];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < BLOCK; ++n) tile[r * BLOCK + n] *= sum[n];
+  }
+}
+
+// sums[r][lane] += row r of a tile; what lies past the block's end is zeroed first.
+template <class R>
+void add_rows(R* tile, int64_t rows, int64_t count, R* sums) {
+  for (int64_t r = 0; r < rows; ++r, tile += BLOCK, sums += LANES<R>) {
+    for (int64_t n = count; n < BLOCK; ++n) tile[n] = 0;
+    for (int64_t n = 0; n < BLOCK; n += LANES<R>) {
+      for (int64_t lane = 0; lane < LANES<R>; ++lane) sums[lane] += tile[n + lane];
+    }
+  }
+}
+
+template <class R>
+R sum_lanes(const R* lanes) {
+  R sum = 0;
+  for (int64_t lane = 0; lane < LANES<R>; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// The inputs of a block, in order.
+struct Inputs {
+  int64_t count = 0, at[BLOCK];
+
+  bool neighbours() const { return at[count - 1] - at[0] == count - 1; }
+
+  // Calls f(i, n) for every n of them that are neighbours, from number i on.
+  template <class F>
+  void each_run(F f) const {
+    for (int64_t i = 0, end; i < count; i = end) {
+      for (end = i + 1; end < count && at[end] == at[end - 1] + 1;) ++end;
+      f(i, end - i);
+    }
+  }
+};
+
+// A block's rows in R, `step` apart, padded with zeros to whole vectors.
+template <class R>
+struct Block {
+  const R* data;
+  int64_t step;
+};
+
+// A sample is what one softmax goes over: a head, or all heads of a row of the batch where they are joint. A part of
+// its inputs is one task; parts follow from the sizes alone, and so the order of every sum does.
+template <class R>
+struct Plan {
+  explicit Plan(const SlotAttention& p)
+      : p(p), group(p.joint ? p.heads : 1), samples(p.B * p.heads / (group > 0 ? group : 1)), rows(group * p.K),
+        parts(samples > 0 ? least(ceil_div(64, samples), ceil_div(p.N, 512)) : 0), D(padded<R>(p.D)),
+        Dv(p.v.data ? padded<R>(p.Dv) : D), threads(work() < 65536 ? 1 : p.threads) {}
+
+  double work() const { return double(p.B) * double(p.heads) * double(p.K) * double(p.N) * double(p.D + p.Dv); }
+
+  // What a thread needs for a block: see Tile.
+  int64_t tile_bytes() const {
+    const auto bytes = [](int64_t n) { return Workspace::bytes<R>(n); };
+    return Workspace::bytes<int64_t>(p.K) + bytes(rows * D) + bytes(rows) + 2 * bytes(BLOCK * D) +
+           2 * bytes(BLOCK * Dv) + bytes(rows * BLOCK) + bytes(D > Dv ? D : Dv);
+  }
+
+  const SlotAttention& p;
+  const int64_t group, samples, rows, parts, D, Dv;  // D and Dv padded
+  const int threads;
+};
+
+// A of one block after another of a sample's inputs, in a thread's own memory.
+template <class R>
+class Tile {
+ public:
+  Tile(const Plan<R>& plan, Workspace& memory)
+      : plan(plan), p(plan.p), slots(memory.take<int64_t>(p.K)), q(memory.take<R>(plan.rows * plan.D)),
+        bias(memory.take<R>(plan.rows)), k_rows(memory.take<R>(BLOCK * plan.D)),
+        k_columns(memory.take<R>(BLOCK * plan.D)), v_rows(memory.take<R>(BLOCK * plan.Dv)),
+        v_columns(memory.take<R>(BLOCK * plan.Dv)), a(memory.take<R>(plan.rows * BLOCK)),
+        zeros(memory.take<R>(plan.D > plan.Dv ? plan.D : plan.Dv)) {
+    memset(zeros, 0, (plan.D > plan.Dv ? plan.D : plan.Dv) * sizeof(R));
+  }
+
+  // The slots of sample s that are not masked: their queries, times scale, and biases.
+  void begin(int64_t s) {
+    const int64_t across = p.heads / plan.group;
+    b = s / across, head = s % across * plan.group, active = 0;
+    for (int64_t k = 0; k < p.K; ++k) {
+      if (!p.slot_mask || p.slot_mask[b * p.K + k]) slots[active++] = k;
+    }
+    for (int64_t r = 0; r < rows(); ++r) {
+      const R* const from = static_cast<const R*>(p.q) + slot(r) * p.D;
+      for (int64_t d = 0; d < plan.D; ++d) q[r * plan.D + d] = d < p.D ? from[d] * R(p.scale) : R(0);
+      bias[r] = p.bias ? static_cast<const R*>(p.bias)[slot(r)] : R(0);
+    }
+  }
+
+  int64_t rows() const { return plan.group * active; }
+  // Of row r of a tile: its slot, counted through batch and heads.
+  int64_t slot(int64_t r) const { return (b * p.heads + head + r / active) * p.K + slots[r % active]; }
+
+  // Calls f(inputs) for each block of part i of the sample's inputs.
+  template <class F>
+  void each_block(int64_t i, F f) {
+    const int64_t end = part(p.N, i + 1, plan.parts);
+    for (int64_t n = part(p.N, i, plan.parts); n < end;) {
+      Inputs inputs;
+      for (; n < end && inputs.count < BLOCK; ++n) {
+        if (!p.input_mask || p.input_mask[b * p.N + n]) inputs.at[inputs.count++] = n;
+      }
+      if (inputs.count > 0) f(inputs);
+    }
+  }
+
+  Block<R> keys(int64_t h, const Inputs& inputs) { return load(p.k, h, p.D, plan.D, inputs, k_rows); }
+  Block<R> values(int64_t h, const Inputs& inputs) {
+    return p.v.data ? load(p.v, h, p.Dv, plan.Dv, inputs, v_rows) : keys(h, inputs);
+  }
+
+  // out = the products of `queries`, of one head, with a block of keys or of values.
+  void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) const {
+    turn(block, count, width, columns);
+    product(queries, width, active, columns, BLOCK, width, out, BLOCK, BLOCK, true);
+  }
+
+  // a = A of a block.
+  void attend(const Inputs& inputs) {
+    for (int64_t h = 0; h < plan.group; ++h) {
+      scores(q + h * active * plan.D, plan.D, keys(h, inputs), inputs.count, k_columns, a + h * active * BLOCK);
+    }
+    softmax(a, bias, rows());
+  }
+
+  // columns[d][n] = block[n][d]
+  void turn(const Block<R>& block, int64_t count, int64_t width, R* columns) const {
+    for (int64_t n = 0; n < BLOCK; n += LANES<R>) {
+      const R* from[LANES<R>];
+      for (int64_t lane = 0; lane < LANES<R>; ++lane) {
+        from[lane] = n + lane < count ? block.data + (n + lane) * block.step : zeros;
+      }
+      transpose(from, width, columns + n, BLOCK);
+    }
+  }
+
+  // Where row n of head h of a tensor begins.
+  int64_t offset(const Rows& t, int64_t h, int64_t n) const {
+    return b * t.stride_b + (head + h) * t.stride_h + n * t.stride_n;
+  }
+
+  const Plan<R>& plan;
+  const SlotAttention& p;
+  int64_t b = 0, head = 0, active = 0;
+  int64_t* const slots;
+  R *const q, *const bias, *const k_rows, *const k_columns, *const v_rows, *const v_columns, *const a, *const zeros;
+
+ private:
+  Block<R> load(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, R* buffer) const {
+    const bool same = t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
+    if (same && width == padded_width && inputs.neighbours()) {
+      return {static_cast<const R*>(t.data) + offset(t, h, inputs.at[0]), t.stride_n};
+    }
+    for (int64_t i = 0; i < inputs.count; ++i) {
+      read(buffer + i * padded_width, t, offset(t, h, inputs.at[i]), width);
+      for (int64_t d = width; d < padded_width; ++d) buffer[i * padded_width + d] = 0;
+    }
+    return {buffer, padded_width};
+  }
+};
+
+// Worker(plan, memory).run(task) for each task, in a thread's own memory of `bytes` beside a tile's.
+template <class Worker, class R, class... Rest>
+void on_workers(const Plan<R>& plan, int64_t bytes, int64_t tasks, Rest... rest) {
+  if (tasks == 0) return;
+  const int64_t own = plan.tile_bytes() + bytes, threads = least(plan.threads, tasks);
+  Workspace memory(threads * own);
+  char* const start = memory.take<char>(threads * own);
+  on_threads(int(threads), [&](int64_t thread, int64_t count) {
+    Workspace mine(start + thread * own);
+    Worker worker(plan, mine, rest...);
+    for (int64_t i = part(tasks, thread, count); i < part(tasks, thread + 1, count); ++i) worker.run(i);
+  });
+}
+
+}  // namespace
+}  // namespace RECATTN_ISA
+}  // namespace recattn
