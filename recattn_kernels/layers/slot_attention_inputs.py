@@ -128,18 +128,17 @@ def _absorbed(
         summed = some if summed is None else summed & some
 
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        B, K = q.shape[:2]
-        q = q.view(B, K, heads, -1).transpose(1, 2)  # (B, heads, K, D / heads)
-        result = slot_attention(
-            torch.matmul(q, key).view(B, heads * K, -1), x,
-            bias=options["scale"] * torch.matmul(q, key_shift).view(B, heads * K), return_attn=return_attn, **options,
-        )  # fmt: skip
+        B, K, D = q.shape
+        q = _by_head(q, heads) if heads > 1 else q.unsqueeze(1)  # (B, heads, K, D / heads)
+        rows = torch.matmul(q, key).flatten(1, 2)  # (B, heads * K, input_dim)
+        bias = options["scale"] * torch.matmul(q, key_shift).view(rows.shape[:2])
+        result = slot_attention(rows, x, bias=bias, return_attn=return_attn, **options)
         mean, attn = result if isinstance(result, tuple) else (result, None)
-        updates = torch.matmul(mean.view(B, heads, K, -1), value.transpose(1, 2))  # (B, heads, K, D / heads)
-        updates = updates.transpose(1, 2).reshape(B, K, -1)
+        updates = torch.matmul(mean.unflatten(1, (heads, K)), value.transpose(1, 2))  # (B, heads, K, D / heads)
+        updates = updates.transpose(1, 2).reshape(B, K, D)
         shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
         if attn is not None and heads > 1:
-            attn = attn.view(B, heads, K, -1)
+            attn = attn.unflatten(1, (heads, K))
         return updates + shift, attn
 
     return attend

@@ -145,9 +145,9 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], heads: int = 1) -> tuple[S
             combine_heads is linear, and so is what the GRU does with it: it goes into gru.weight_ih and gru.bias_ih.
 
     Returns: what SlotAttention's constructor must be told, and its state_dict. The package scales by 1 / sqrt(dim)
-    whatever the heads, which is a temperature of sqrt(heads) here; with heads it divides by max(sum, eps), which is
-    eps_mode "denominator" here, to a difference of eps. Its first versions draw the noise with slots_sigma, whose
-    absolute value is taken, as a standard deviation.
+    whatever the heads, which is a temperature of sqrt(heads) here. With heads it divides by the sum or eps, whichever
+    is more, which is eps_mode "denominator" with an eps of 0 unless a slot wins less than eps. Its first versions draw
+    the noise with slots_sigma as the standard deviation.
 
     Raises ValueError for a name that is not of the package, one that is missing, or heads that do not fit.
     """
@@ -182,7 +182,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], heads: int = 1) -> tuple[S
         weight_ih = state["gru.weight_ih"]
         state["gru.bias_ih"] = state["gru.bias_ih"] + weight_ih @ state.pop("combine_heads.bias")
         state["gru.weight_ih"] = weight_ih @ combine
-        sizes |= {"temperature": heads**0.5, "eps_mode": "denominator"}
+        sizes |= {"temperature": heads**0.5, "eps_mode": "denominator", "eps": 0.0}
     return sizes, _contiguous(state)
 
 
