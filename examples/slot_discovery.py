@@ -312,6 +312,17 @@ def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def resumed(context: typer.Context, out: Path, changeable: set[str]) -> dict[str, Any]:
+    """The checkpoint in out. What has a bearing on the result is taken from it, but for what is changeable."""
+    free = {"resume", "out", "minutes", "device", "workers", "backend", *changeable}
+    for key in context.params:
+        source = context.get_parameter_source(key)
+        if key not in free and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+    checkpoint: dict[str, Any] = torch.load(out / "last.pt", weights_only=True)
+    return checkpoint
+
+
 def main(
     context: typer.Context,
     scenes: Annotated[str, typer.Option(help="tetrominoes or sprites.")] = "tetrominoes",
@@ -343,19 +354,13 @@ def main(
         scenes=scenes, paper=paper, slots=slots or KINDS[scenes].objects + 1, dim=dim, channels=channels, iters=iters,
         evaluate_every=evaluate_every, seed=seed, **training,
     )  # fmt: skip
-    checkpoint = None
-    if resume:
-        free = {"resume", "out", "steps", "minutes", "device", "workers", "backend"}
-        for key in context.params:
-            source = context.get_parameter_source(key)
-            if key not in free and source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
-        checkpoint = torch.load(out / "last.pt", weights_only=True)
+    checkpoint = resumed(context, out, {"steps"}) if resume else None
+    if checkpoint is not None:
         options = Options(**checkpoint["options"])
         options = replace(options, steps=steps or options.steps)
+        if checkpoint["step"] >= options.steps:
+            raise typer.BadParameter(f"--resume: all {options.steps} steps have been taken: give it more with --steps")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if checkpoint is not None and checkpoint["step"] >= options.steps:
-        raise typer.BadParameter(f"--resume: the run has all of its {options.steps} steps: give it more with --steps")
 
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)

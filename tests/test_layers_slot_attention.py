@@ -491,7 +491,7 @@ def test_weights_of_the_first_versions_of_lucidrains() -> None:
     state = {name: torch.from_numpy(array) for name, array in lucidrains_state(np.random.default_rng(0)).items()}
     new = {
         "norm_pre_ff": "mlp.fn.norm", "mlp.0": "mlp.fn.fn.0", "mlp.2": "mlp.fn.fn.2",
-        "gru.weight_ih": "gru.weight_ih_l0", "gru.weight_hh": "gru.weight_hh_l0", "gru.bias_ih": "gru.bias_ih_l0", "gru.bias_hh": "gru.bias_hh_l0",
+        **{f"gru.{x}": f"gru.{x}_l0" for x in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     }  # fmt: skip
     old = {}
     for name, tensor in state.items():
