@@ -13,7 +13,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers import slot_attention_weights
 from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.indrnn_cell import autocasts, changed_options, check_size
-from recattn_kernels.layers.slot_attention_inputs import attention
+from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
 NAME = "SlotAttention"
@@ -224,13 +224,16 @@ class SlotAttention(nn.Module):
         noise = torch.randn(B, K, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
         return mu + self.slots_log_sigma.exp() * noise
 
-    def _iteration(self, attend: Any, slots: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        updates, attn = attend(self.project_q(self.norm_slots(slots)), return_attn)
+    def _iteration(self, attend: Attention, slots: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+        updates, attn = attend(linear(self.project_q, self.norm_slots(slots)), return_attn)
         if self.gru is None:
             slots = slots + updates
         else:
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
-        return slots + self.mlp(self.norm_mlp(slots)), attn
+        hidden = self.norm_mlp(slots)
+        for module in self.mlp if is_plain(self.mlp, nn.Sequential) else (self.mlp,):
+            hidden = linear(module, hidden)
+        return slots + hidden, attn
 
     def _check(
         self,

@@ -32,7 +32,7 @@ Attention = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 # What the fused kernels take: beyond it only the reference would run.
 MOST_SLOTS, MOST_FEATURES = 128, 512
 # What a multiply-add of the attention takes, in those of a matrix product.
-ATTENTION_COST = 3.0
+ATTENTION_COST = 2.5
 
 
 def attention(
@@ -59,9 +59,9 @@ def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
         return False
     if rows > MOST_SLOTS or layer.input_dim > MOST_FEATURES:
         return False
-    if not (_is_plain(layer.norm_inputs, nn.LayerNorm) and layer.norm_inputs.elementwise_affine):
+    if not (is_plain(layer.norm_inputs, nn.LayerNorm) and layer.norm_inputs.elementwise_affine):
         return False
-    if not (_is_plain(layer.project_k, nn.Linear) and _is_plain(layer.project_v, nn.Linear)):
+    if not (is_plain(layer.project_k, nn.Linear) and is_plain(layer.project_v, nn.Linear)):
         return False
     # Multiply-adds of a sample. A head reads D / heads features of its keys, but all of the inputs.
     D, D_in, iters = layer.dim, layer.input_dim, layer.iters
@@ -70,7 +70,7 @@ def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
     return absorbed < projected
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling it is its formula and nothing else, so that its parameters may be used in another order."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks)
@@ -78,7 +78,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _projected(layer: SlotAttention, inputs: Tensor, slot_mask: Tensor | None, options: dict[str, Any]) -> Attention:
     x = layer.norm_inputs(inputs)
-    k, v = (_by_head(_linear(module, x), layer.heads) for module in (layer.project_k, layer.project_v))
+    k, v = (_by_head(linear(module, x), layer.heads) for module in (layer.project_k, layer.project_v))
 
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
         result = slot_attention(
@@ -96,8 +96,9 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, nn.Linear) and _is_plain(module, nn.Linear):
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), by our own product where module is a torch.nn.Linear and nothing more."""
+    if isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
         return project(x, module.weight, module.bias)
     result: Tensor = module(x)
     return result
@@ -115,30 +116,31 @@ def _absorbed(
     if autocasts(x) and x.dtype == torch.float32:  # layer_norm returns float32 there, which the projections would cast
         x = x.to(torch.get_autocast_dtype(x.device.type))
     (key, key_shift), (value, value_shift) = (_folded(m, norm) for m in (layer.project_k, layer.project_v))
-    key, value = key.unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1))  # (heads, D / heads, input_dim)
-    key_shift = key_shift.view(heads, -1, 1)
-    if heads > 1 and slot_mask is not None:
-        options = {**options, "slot_mask": slot_mask.repeat(1, heads)}
-    elif slot_mask is not None:
-        options = {**options, "slot_mask": slot_mask}
+    options = {**options, "slot_mask": slot_mask if slot_mask is None else slot_mask.repeat(1, heads)}
     # Where the weights of a slot add up to 1, not 0.
     summed = slot_mask
     if input_mask is not None:
         some = input_mask.any(-1, keepdim=True)
         summed = some if summed is None else summed & some
+    shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
 
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        B, K, D = q.shape
-        q = _by_head(q, heads) if heads > 1 else q.unsqueeze(1)  # (B, heads, K, D / heads)
-        rows = torch.matmul(q, key).flatten(1, 2)  # (B, heads * K, input_dim)
-        bias = options["scale"] * torch.matmul(q, key_shift).view(rows.shape[:2])
-        result = slot_attention(rows, x, bias=bias, return_attn=return_attn, **options)
+        K = q.shape[1]
+        if heads == 1:
+            rows, bias = project(q, key.t(), None), torch.matmul(q, key_shift)
+        else:
+            by_head = q.unflatten(-1, (heads, -1))
+            rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
+            bias = torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
+        bias = options["scale"] * bias
+        result = slot_attention(rows, x, bias=bias, return_attn=return_attn, **options)  # (B, heads * K, input_dim)
         mean, attn = result if isinstance(result, tuple) else (result, None)
-        updates = torch.matmul(mean.unflatten(1, (heads, K)), value.transpose(1, 2))  # (B, heads, K, D / heads)
-        updates = updates.transpose(1, 2).reshape(B, K, D)
-        shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
-        if attn is not None and heads > 1:
-            attn = attn.unflatten(1, (heads, K))
+        if heads == 1:
+            updates = project(mean, value, None)
+        else:
+            mean = mean.unflatten(1, (heads, K))
+            updates = torch.einsum("bhke,hde->bkhd", mean, value.unflatten(0, (heads, -1))).flatten(2)
+            attn = None if attn is None else attn.unflatten(1, (heads, K))
         return updates + shift, attn
 
     return attend
