@@ -17,7 +17,7 @@ from recattn_kernels.ops.gated.contract import KEPT, Call, Kept, empty_backward,
 from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
 from recattn_kernels.ops.gated.triton_step_kernels import backward_step_kernel, forward_step_kernel
 from recattn_kernels.strides import contiguous, contiguous_rows
-from recattn_kernels.triton_launch import Launch, Machine, guard, machine, strided
+from recattn_kernels.triton_launch import Launch, Machine, allows_tf32, guard, machine, strided
 
 
 class Config(NamedTuple):
@@ -45,12 +45,6 @@ def precision(weight_hh: Tensor) -> str:
     if weight_hh.device.type == "cpu":
         return "interpreted"
     return "tf32" if weight_hh.dtype == torch.float32 and allows_tf32() else "ieee"
-
-
-def allows_tf32() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # allow_tf32 raises where the newer setting has been used.
-    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
 def sequence_config(call: Call) -> Config:

@@ -111,7 +111,7 @@ def slot_attention(
             and v hold there is not read. A sample without inputs or without slots has zero updates.
         head_softmax: "slots": the slots of each head compete by themselves; "joint": those of all heads together.
         return_attn: whether to return A beside the updates.
-        backend: auto or reference; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns: updates, (B, K, Dv) or (B, heads, K, Dv), in q's dtype. With return_attn (updates, A), A (B, K, N) or
     (B, heads, K, N), in q's dtype, before eps is added; 0 at masked slots and masked inputs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from recattn_kernels import backends
@@ -46,4 +47,18 @@ def _cpp_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _cpp_refusal}
+def _triton_refusal(call: Call) -> str | None:
+    q, k, v = call.inputs[:3]
+    if q.dtype == torch.float64:
+        return "it computes in float32, q is float64"
+    _, heads, K, _, D, Dv = sizes_of(q, k, v)
+    group = heads if call.options[3] else 1
+    if group * K > 128:
+        what = "K" if group == 1 else "heads * K, which compete together,"
+        return f"{what} must be at most 128, got {group * K}"
+    if max(D, Dv) > 512:
+        return f"q's and v's widths must be at most 512, got {max(D, Dv)}"
+    return None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}

@@ -15,7 +15,7 @@ from recattn_kernels.strides import CPU_DTYPES, contiguous, contiguous_rows, pla
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
-    q, slot_mask, input_mask = args[0], *args[4:6]
+    slot_mask, input_mask = args[4:6]
     updates, attn, mean, den = empty_forward(*args)
     wide = updates if updates.dtype == den.dtype else mean
     if slot_mask is not None or input_mask is not None:

@@ -1,0 +1,225 @@
+"""slot_attention in Triton: configurations, launches, what is compiled ahead of time. Kernels: triton_kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recattn_kernels.ops.slot_attention.contract import empty_forward, sizes_of
+from recattn_kernels.ops.slot_attention.reference import scale_of
+from recattn_kernels.ops.slot_attention.triton_kernels import (
+    backward_kernel,
+    finish_forward_kernel,
+    forward_kernel,
+    sum_parts_kernel,
+)
+from recattn_kernels.strides import contiguous, contiguous_rows
+from recattn_kernels.triton_launch import (
+    Launch,
+    Machine,
+    SameCompilation,
+    Variant,
+    Variants,
+    allows_tf32,
+    guard,
+    machine,
+)
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+REGISTERS = 255
+INTERPRETER_BLOCK = 32  # so small that the tests' samples are several blocks
+
+
+class Plan(NamedTuple):
+    group: int  # heads of one softmax
+    samples: int
+    rows: int  # of a tile: the sample's slots, padded
+    block_n: int
+    block_d: int
+    chunks: int
+    parts: int
+    num_warps: int
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backward: bool) -> Plan:
+    B, H, K, N, D, Dv = sizes_of(q, k, v)
+    group = H if joint else 1
+    samples, rows = B * H // max(group, 1), max(16, triton.next_power_of_2(group * K))
+    widest = max(16, triton.next_power_of_2(max(D, Dv)))
+    block_d = min(widest, max(16, 8192 // rows), 256)
+    # Tiles of 8192 elements of each of keys and values, of 4096 scores: what the registers of a program hold.
+    block_n = max(16, min(8192 // block_d, 4096 // rows, 64 if backward else 128))
+    if q.dtype == torch.float32 or k.dtype == torch.float32:
+        block_n = max(16, block_n // 2)
+    if on.interpreted:
+        block_n = INTERPRETER_BLOCK
+    chunks = triton.cdiv(max(D, Dv, 1), block_d)
+    # Enough programs for every multiprocessor to have a few, but a few blocks for each.
+    wanted = triton.cdiv(4 * on.multiprocessors, max(samples * chunks, 1))
+    blocks = triton.cdiv(N, block_n)
+    parts = 2 if on.interpreted and blocks > 1 else max(1, min(wanted, blocks // 4))
+    return Plan(group, samples, rows, block_n, block_d, chunks, parts, 8 if rows * block_d > 4096 else 4)
+
+
+def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
+    """The arguments that both directions take."""
+    q, k, v, bias, slot_mask, input_mask = inputs
+    scale, eps, denominator, _, _ = options
+    _, H, K, N, D, Dv = sizes_of(q, k, v)
+    # A is 1e-8 where float16 ends at 6e-8: beside it, the other products are in TF32, which holds all of float16.
+    narrow = q.dtype == k.dtype and (v is None or v.dtype == k.dtype)
+    kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
+    half = narrow and k.dtype == torch.float16
+    score = k.dtype if narrow else torch.float32
+    tf32 = half or (k.dtype == torch.float32 and allows_tf32())
+    arguments = {
+        "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "slot_mask_ptr": _bytes(slot_mask),
+        "input_mask_ptr": _bytes(input_mask), "scale": scale_of(q, scale), "eps": eps, "H": H, "K": K, "N": N, "D": D,
+        "E": Dv, "P": chosen.parts, "DENOMINATOR": denominator, "GROUP": chosen.group, "CHUNKS": chosen.chunks,
+        "ROWS": chosen.rows, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d, "SCORE_TYPE": TYPES[score],
+        "TYPE": TYPES[kind], "PRECISION": "interpreted" if on.interpreted else "tf32" if tf32 else "ieee",
+    }  # fmt: skip
+    return arguments | _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
+    if x is None:
+        return {f"{name}_ptr": None, f"{name}_stride_b": 0, f"{name}_stride_h": 0, f"{name}_stride_n": 0}
+    strides = {"b": x.stride(0), "h": x.stride(1) if x.dim() == 4 else 0, "n": x.stride(-2)}
+    return {f"{name}_ptr": x} | {f"{name}_stride_{of}": stride for of, stride in strides.items()}
+
+
+def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine) -> tuple[Launch, Launch]:
+    q, k, v = args[:3]
+    updates, attn, mean, den = results
+    chosen = plan(q, k, v, args[9], on, backward=False)
+    Dv, rows = updates.shape[-1], chosen.group * q.shape[-2]
+    sums = q.new_empty((chosen.samples, chosen.parts, rows, Dv), dtype=torch.float32)
+    sums_den = q.new_empty(sums.shape[:-1], dtype=torch.float32)
+    attend = common(args[:6], args[6:], chosen, on) | {
+        "attn_ptr": attn if attn.dim() > 1 else None, "sums_ptr": sums, "den_ptr": sums_den,
+    }  # fmt: skip
+    finish = {
+        "sums_ptr": sums, "sums_den_ptr": sums_den, "updates_ptr": updates,
+        "mean_ptr": None if updates.dtype == den.dtype else mean, "den_ptr": den, "eps": args[7], "R": rows, "E": Dv,
+        "P": chosen.parts, "DENOMINATOR": args[8], "BLOCK_D": chosen.block_d,
+    }  # fmt: skip
+    grid = (chosen.samples, chosen.parts, chosen.chunks)
+    return (
+        Launch(forward_kernel, grid, attend, chosen.num_warps, REGISTERS, num_stages=2),
+        Launch(finish_forward_kernel, (den.numel(), chosen.chunks), finish, 1, 64),
+    )
+
+
+def backward_launches(
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Any], options: Sequence[Any],
+    results: Sequence[Tensor | None], on: Machine,
+) -> list[Launch]:  # fmt: skip
+    q, k, v = inputs[:3]
+    updates, mean, den = saved
+    dq, dk, dv, dbias = results
+    chosen = plan(q, k, v, options[3], on, backward=True)
+    rows = chosen.group * q.shape[-2]
+    parts = (chosen.samples, chosen.parts, rows)
+    sums = None if dq is None else q.new_empty((*parts, q.shape[-1]), dtype=torch.float32)
+    sums_bias = None if dbias is None else q.new_empty(parts, dtype=torch.float32)
+    own = {
+        "updates_ptr": (updates if updates.dtype == den.dtype else mean).contiguous(), "den_ptr": den,
+        "du_ptr": contiguous(grads[0]), "dattn_ptr": contiguous(grads[1]), "dk_ptr": dk, "dv_ptr": dv,
+        "sums_ptr": sums, "sums_bias_ptr": sums_bias,
+    }  # fmt: skip
+    grid = (chosen.samples, chosen.parts, chosen.chunks)
+    arguments = common(inputs, options, chosen, on) | own
+    launches = [Launch(backward_kernel, grid, arguments, chosen.num_warps, REGISTERS, num_stages=1)]
+    for out, of_parts, scale in ((dq, sums, arguments["scale"]), (dbias, sums_bias, 1.0)):
+        if out is not None:
+            width = q.shape[-1] if out is dq else 1
+            block = chosen.block_d if out is dq else 1
+            last = {
+                "sums_ptr": of_parts, "out_ptr": out, "scale": scale, "R": rows, "D": width, "P": chosen.parts,
+                "BLOCK_D": block,
+            }  # fmt: skip
+            launches.append(Launch(sum_parts_kernel, (den.numel(), triton.cdiv(width, block)), last, 1, 64))
+    return launches
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    results = empty_forward(*args)
+    updates, _, _, den = results
+    if den.numel() > 0:
+        with guard(updates):
+            for launch in forward_launches(args, results, machine(updates)):
+                launch.run()
+    return results
+
+
+def backward(
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Any], options: Any, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    none = saved[2].numel() == 0  # no slots: the inputs' gradients are all that is left, and zero
+
+    def like(i: int) -> Tensor | None:
+        x = inputs[i]
+        if x is None or not needs[i]:
+            return None
+        return x.new_zeros(x.shape) if none else x.new_empty(x.shape)
+
+    dq, dk, dv, dbias = results = [like(i) for i in range(4)]
+    if not none:
+        with guard(inputs[0]):
+            for launch in backward_launches(grads, saved, inputs, options, results, machine(inputs[0])):
+                launch.run()
+    return dq, dk, dv, dbias, None, None
+
+
+# Ahead of time: see tests/test_aot.py
+
+
+def example(
+    on: Machine, dtype: torch.dtype, K: int, D: int, full: bool, B: int = 3, N: int = 1000
+) -> tuple[Launch, ...]:
+    """What a call on the meta device launches; full: with every option, else with v=None and none."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads = (2,) if full else ()
+    q, k = empty(B, *heads, K, D), empty(B, *heads, N, D)
+    v, bias = (empty(B, *heads, N, D), empty(B, *heads, K)) if full else (None, None)
+    masks = (empty(B, K, dtype=torch.bool), empty(B, N, dtype=torch.bool)) if full else (None, None)
+    inputs, options = (q, k, v, bias, *masks), (None, 1e-8, False, full, full)
+    results = empty_forward(*inputs, *options)
+    updates, attn, mean, den = results
+    grads = (torch.empty_like(q), torch.empty_like(k), None if v is None else torch.empty_like(v), bias)
+    backward = backward_launches(
+        (updates, attn if full else None), (updates, mean, den), inputs, options, grads, on
+    )  # fmt: skip
+    return *forward_launches((*inputs, *options), results, on), *backward
+
+
+def aot_variants(lanes: int, full: bool) -> Variants:
+    """Launches that cover the kernels: the shapes of the workloads, the widest, and every option."""
+    some = ((torch.bfloat16, 7, 64, False), (torch.float32, 24, 256, False), (torch.float16, 10, 512, True))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in ((7, 64), (24, 256), (128, 512)) for f in (False, True))
+    for dtype, K, D, options in more if full else some:
+        words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
+        name = "-".join(filter(None, words))
+        for launch in example(Machine(lanes, 132, 2**16), dtype, K, D, options):
+            yield Variant(f"{launch.kernel.fn.__name__}-{name}", launch, shared=2**17)
+
+
+def aot_same(lanes: int) -> SameCompilation:
+    """Launches that differ in B and N alone."""
+    yield [
+        example(Machine(lanes, 132, 2**16), torch.bfloat16, 7, 64, False, B, N)
+        for B, N in ((1, 1), (2, 1), (1, 16), (64, 16384))
+    ]
