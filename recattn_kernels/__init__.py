@@ -6,6 +6,7 @@ from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.layers.slot_attention import SlotAttention
 from recattn_kernels.ops.additive_attention import additive_attention
 from recattn_kernels.ops.glimpse import glimpse
 from recattn_kernels.ops.gru import gru
@@ -31,6 +32,7 @@ __all__ = [
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "SlotAttention",
     "additive_attention",
     "explain",
     "glimpse",

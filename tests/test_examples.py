@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import recattn_kernels
 
@@ -319,3 +320,148 @@ def test_captioning_search_and_score() -> None:
     assert perfect == {**{f"bleu_{n}": pytest.approx(1.0) for n in range(1, 5)}, "right": 1.0}
     caption[0] = example.Caption(example.encode(["a a a a a a"])[0, 1:].tolist(), None)
     assert example.measure(caption, scenes)["bleu_4"] < perfect["bleu_4"]
+SLOT_PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy")
+
+
+@pytest.fixture
+def slot_examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    for package in SLOT_PACKAGES:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # they import each other
+    names = ("slot_scenes", "slot_discovery", "slot_set_prediction")
+    return {name: importlib.import_module(name) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["tetrominoes", "sprites"])
+def test_slot_scenes(kind: str, slot_examples: dict[str, ModuleType]) -> None:
+    example = slot_examples["slot_scenes"]
+    assert len(example.PIECES) == 19 and all(piece.sum() == 4 * 5 * 5 for _, piece in example.PIECES)
+    settings = example.KINDS[kind]
+    scenes = example.Scenes(kind, seed=3, count=20, first=5)
+    scene = scenes[0]
+    for name, tensor in example.Scenes(kind, seed=3, count=6)[5].items():  # the same, whatever the first is
+        assert tensor.equal(scene[name]), name
+    assert not scene["image"].equal(example.Scenes(kind, seed=4, count=6)[5]["image"])
+    assert len(list(scenes)) == 20
+    counts = set()
+    for scene in scenes:
+        image, mask, n = scene["image"], scene["mask"], int(scene["present"].sum())
+        counts.add(n)
+        assert image.shape == (3, settings.size, settings.size) and image.min() >= 0 and image.max() <= 1
+        assert mask.unique().tolist() == list(range(n + 1)) and scene["present"].tolist() == [
+            i < n for i in range(settings.objects)
+        ]
+        assert (image[:, mask == 0].amax(1) - image[:, mask == 0].amin(1)).max() == 0
+        for i in range(n):
+            at = mask == i + 1
+            colour = torch.from_numpy(example.COLOURS[scene["colour"][i]])
+            assert image[:, at].equal(colour[:, None].expand(-1, int(at.sum())))
+            centre = at.nonzero().double().mean(0) / (settings.size - 1)
+            torch.testing.assert_close(scene["centre"][i].double(), centre, rtol=0, atol=1e-6)
+            if kind == "tetrominoes":
+                rows, columns = at.nonzero().amin(0), at.nonzero().amax(0) + 1
+                seen = at[rows[0] : columns[0], rows[1] : columns[1]].numpy()
+                pieces = [piece for shape, piece in example.PIECES if shape == scene["shape"][i]]
+                assert any(seen.shape == piece.shape and (seen == piece).all() for piece in pieces)
+    assert counts == ({3} if kind == "tetrominoes" else {2, 3, 4, 5})
+
+
+def test_slot_discovery_measures_the_adjusted_rand_index(slot_examples: dict[str, ModuleType]) -> None:
+    ari = slot_examples["slot_discovery"].foreground_ari
+    objects = torch.tensor([[[0, 1, 1, 1], [2, 2, 0, 2]]])
+    same, one, split = (
+        torch.tensor([[slots]]) for slots in ([[3, 2, 2, 2], [0, 0, 1, 0]], [[1] * 4] * 2, [[0, 1, 1, 2], [3, 3, 3, 3]])
+    assert ari(objects, same.flatten(0, 1), 4).tolist() == [1.0]
+    assert ari(objects, one.flatten(0, 1), 4).tolist() == [0.0]
+    # Of 6 pixels, 15 pairs: 1 + 3 are together in both, 3 + 3 among the objects, 1 + 3 in the slots.
+    assert ari(objects, split.flatten(0, 1), 4).item() == pytest.approx((4 - 6 * 4 / 15) / (5 - 6 * 4 / 15))
+    metrics = pytest.importorskip("sklearn.metrics")
+    objects, slots = torch.randint(3, (5, 6, 7)), torch.randint(4, (5, 6, 7))
+    expected = [metrics.adjusted_rand_score(o[o > 0], s[o > 0]) for o, s in zip(objects, slots, strict=True)]
+    torch.testing.assert_close(ari(objects, slots, 4), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", [(), ("--scenes", "sprites"), ("--paper",)], ids=["small", "sprites", "paper"])
+def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples: dict[str, ModuleType]) -> None:
+    example, out = slot_examples["slot_discovery"], tmp_path / "out"
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(example.main)
+
+    def run(*args: str) -> str:
+        result = CliRunner().invoke(app, ["--out", str(out), *args])
+        assert result.exit_code == 0, result.output
+        return str(result.output)
+
+    example.TEST_SCENES = 8
+    size = ("--batch", "2", "--dim", "8", "--channels", "4", "--slots", "3", "--evaluate-every", "2", "--device", "cpu")
+    printed = run(*settings, *size, "--steps", "4")
+    assert "foreground ARI" in printed
+    written = json.loads((out / "curve.json").read_text())
+    assert all(-1 <= p["ari"] <= 1 and p["train_mse"] > 0 and p["test_mse"] > 0 for p in written["curve"])
+    for name in ("curve.png", "slots.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+    whole = torch.load(out / "last.pt", weights_only=True)
+    if settings == ():
+        run(*size, "--steps", "2")
+        run("--resume", "--steps", "4")
+        torch.testing.assert_close(torch.load(out / "last.pt", weights_only=True)["network"], whole["network"])
+        assert "takes this option" in CliRunner().invoke(app, ["--out", str(out), "--resume", "--dim", "9"]).output
+
+
+def test_slot_set_prediction(tmp_path: Path, slot_examples: dict[str, ModuleType]) -> None:
+    example, out = slot_examples["slot_set_prediction"], tmp_path / "out"
+    example.TEST_SCENES = 8
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(example.main)
+
+    def run(*args: str) -> None:
+        result = CliRunner().invoke(app, ["--out", str(out), *args])
+        assert result.exit_code == 0, result.output
+
+    size = ("--batch", "2", "--dim", "8", "--channels", "4", "--evaluate-every", "2", "--device", "cpu")
+    run("--scenes", "sprites", *size, "--steps", "4")
+    written = json.loads((out / "curve.json").read_text())
+    for point in written["curve"]:
+        precisions = [point[name] for name in example.THRESHOLDS]
+        assert precisions == sorted(precisions, reverse=True) and min(precisions) >= 0 and max(precisions) <= 1
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    whole = torch.load(out / "last.pt", weights_only=True)
+    run("--scenes", "sprites", *size, "--steps", "2")
+    run("--resume", "--steps", "4")
+    torch.testing.assert_close(torch.load(out / "last.pt", weights_only=True)["network"], whole["network"])
+
+
+def test_slot_set_prediction_pairs_and_measures(slot_examples: dict[str, ModuleType]) -> None:
+    example, kind = slot_examples["slot_set_prediction"], slot_examples["slot_scenes"].Kind(10, 3, 2, 2)
+    batch = {
+        "present": torch.tensor([[True, True, False]]), "shape": torch.tensor([[0, 1, 0]]),
+        "colour": torch.tensor([[1, 0, 0]]), "centre": torch.tensor([[[0.1, 0.2], [0.8, 0.9], [0.0, 0.0]]]),
+    }  # fmt: skip
+    wanted = example.targets(batch, kind)
+    assert wanted[0].tolist() == [
+        pytest.approx(row)
+        for row in ([1, 0.1, 0.2, 1, 0, 0, 1], [1, 0.8, 0.9, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
+    ]  # fmt: skip
+    order = [2, 0, 1]
+    assert example.matched(wanted[:, order], wanted).tolist() == [order]
+    assert example.set_loss(wanted[:, order], wanted).item() == 0
+
+    def measure(said: Tensor, threshold: float = math.inf) -> float:
+        result: float = example.average_precision(said, wanted, kind, threshold)
+        return result
+
+    assert measure(wanted[:, order]) == 1
+    said = wanted[:, order].clone()
+    said[0, 1, :2] += torch.tensor([-0.1, 0.3])  # the first object's slot is less sure, and off by 0.3
+    assert measure(said, 0.31) == 1 and measure(said, 0.29) == 0.5
+    said = wanted[:, order].clone()
+    said[0, 0] = torch.tensor([2.0, 0.1, 0.2, 1, 0, 0, 1])  # surer than all, and takes the first object before its own
+    assert measure(said) == pytest.approx((1 + 2 / 3) / 2)
+    said[0, 0, 3:5] = torch.tensor([0.0, 1.0])  # of no object's shape and colour
+    assert measure(said) == pytest.approx((2 / 3 + 2 / 3) / 2)

@@ -1,0 +1,152 @@
+"""What the iterations of SlotAttention read of the inputs: keys and values, or the normalised inputs themselves.
+
+With x = gamma * n + beta, n the inputs normalised without scale and shift, and [W_k, b_k], [W_v, b_v] the projections:
+
+    q . k = q . (W_k x + b_k) = (gamma * W_k^T q) . n + q . (W_k beta + b_k)
+    sum over inputs of W v    = W_v (gamma * sum W n) + (W_v beta + b_v) sum W
+
+so that one product with W_k of each slot takes the place of one of each input: n is then both keys and values, and is
+all that the kernel reads. sum W is 1 in eps_mode "add", and 0 for a slot or a sample that is masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recattn_kernels.layers.indrnn_cell import autocasts
+from recattn_kernels.layers.projection import project
+from recattn_kernels.ops.slot_attention.api import slot_attention
+
+if TYPE_CHECKING:
+    from recattn_kernels.layers.slot_attention import SlotAttention
+
+# q (B, K, D), whether A is wanted -> updates (B, K, D), A or None
+Attention = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+
+# What the fused kernels take: beyond it only the reference would run.
+MOST_SLOTS, MOST_FEATURES = 128, 512
+# What a multiply-add of the attention takes, in those of a matrix product.
+ATTENTION_COST = 2.5
+
+
+def attention(
+    layer: SlotAttention, inputs: Tensor, K: int, slot_mask: Tensor | None, input_mask: Tensor | None
+) -> Attention:
+    """The attention of every iteration over inputs (B, N, input_dim)."""
+    options: dict[str, Any] = {
+        "scale": 1 / (layer.temperature * math.sqrt(layer.dim / layer.heads)), "eps": layer.eps,
+        "eps_mode": layer.eps_mode, "input_mask": input_mask, "backend": layer.backend,
+    }  # fmt: skip
+    if absorbs(layer, inputs.shape[1], K):
+        return _absorbed(layer, inputs, slot_mask, input_mask, options)
+    return _projected(layer, inputs, slot_mask, options)
+
+
+def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
+    """Whether the projections go to the queries and the updates: where that is exact, and takes fewer operations.
+
+    Exact: in eps_mode "add", where the weights of a slot add up to 1. With heads that compete by themselves there
+    would be keys for every head; those that compete jointly are as good as slots of one head.
+    """
+    rows = layer.heads * K
+    if layer.eps_mode != "add" or layer.eps == 0 or (layer.heads > 1 and layer.head_softmax != "joint"):
+        return False
+    if rows > MOST_SLOTS or layer.input_dim > MOST_FEATURES:
+        return False
+    if not (is_plain(layer.norm_inputs, nn.LayerNorm) and layer.norm_inputs.elementwise_affine):
+        return False
+    if not (is_plain(layer.project_k, nn.Linear) and is_plain(layer.project_v, nn.Linear)):
+        return False
+    # Multiply-adds of a sample. A head reads D / heads features of its keys, but all of the inputs.
+    D, D_in, iters = layer.dim, layer.input_dim, layer.iters
+    absorbed = iters * (2 * K * D * D_in + ATTENTION_COST * 2 * rows * N * D_in)
+    projected = 2 * N * D * D_in + iters * ATTENTION_COST * 2 * K * N * D
+    return absorbed < projected
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling it is its formula and nothing else, so that its parameters may be used in another order."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def _projected(layer: SlotAttention, inputs: Tensor, slot_mask: Tensor | None, options: dict[str, Any]) -> Attention:
+    x = layer.norm_inputs(inputs)
+    k, v = (_by_head(linear(module, x), layer.heads) for module in (layer.project_k, layer.project_v))
+
+    def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+        result = slot_attention(
+            _by_head(q, layer.heads), k, v, slot_mask=slot_mask, head_softmax=layer.head_softmax,
+            return_attn=return_attn, **options,
+        )  # fmt: skip
+        updates, attn = result if isinstance(result, tuple) else (result, None)
+        return updates if layer.heads == 1 else updates.transpose(1, 2).flatten(2), attn
+
+    return attend
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """x (B, N, D) as (B, heads, N, D / heads), or as it is where there is one head."""
+    return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), by our own product where module is a torch.nn.Linear and nothing more."""
+    if isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
+        return project(x, module.weight, module.bias)
+    result: Tensor = module(x)
+    return result
+
+
+def _absorbed(
+    layer: SlotAttention,
+    inputs: Tensor,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    options: dict[str, Any],
+) -> Attention:
+    heads, norm = layer.heads, layer.norm_inputs
+    x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    if autocasts(x) and x.dtype == torch.float32:  # layer_norm returns float32 there, which the projections would cast
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    (key, key_shift), (value, value_shift) = (_folded(m, norm) for m in (layer.project_k, layer.project_v))
+    options = {**options, "slot_mask": slot_mask if slot_mask is None else slot_mask.repeat(1, heads)}
+    # Where the weights of a slot add up to 1, not 0.
+    summed = slot_mask
+    if input_mask is not None:
+        some = input_mask.any(-1, keepdim=True)
+        summed = some if summed is None else summed & some
+    shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
+
+    def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+        K = q.shape[1]
+        if heads == 1:
+            rows, bias = project(q, key.t(), None), torch.matmul(q, key_shift)
+        else:
+            by_head = q.unflatten(-1, (heads, -1))
+            rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
+            bias = torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
+        bias = options["scale"] * bias
+        result = slot_attention(rows, x, bias=bias, return_attn=return_attn, **options)  # (B, heads * K, input_dim)
+        mean, attn = result if isinstance(result, tuple) else (result, None)
+        if heads == 1:
+            updates = project(mean, value, None)
+        else:
+            mean = mean.unflatten(1, (heads, K))
+            updates = torch.einsum("bhke,hde->bkhd", mean, value.unflatten(0, (heads, -1))).flatten(2)
+            attn = None if attn is None else attn.unflatten(1, (heads, K))
+        return updates + shift, attn
+
+    return attend
+
+
+def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """What linear does to the inputs as they are before norm's scale and shift: weight and bias."""
+    shift = torch.zeros_like(linear.weight[:, 0]) if norm.bias is None else torch.mv(linear.weight, norm.bias)
+    return linear.weight * norm.weight, shift if linear.bias is None else shift + linear.bias
