@@ -3,8 +3,10 @@
 from recattn_kernels.backends import BackendUnavailableError, explain, use_backend
 from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
+from recattn_kernels.layers.glimpse import GlimpseNetwork, GlimpseSensor
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.layers.recurrent_attention import RecurrentAttention, reinforce_loss
 from recattn_kernels.ops.glimpse import glimpse
 from recattn_kernels.ops.gru import gru
 from recattn_kernels.ops.gru_step import gru_step
@@ -21,11 +23,14 @@ __all__ = [
     "RNN",
     "BackendUnavailableError",
     "GRUCell",
+    "GlimpseNetwork",
+    "GlimpseSensor",
     "IndRNN",
     "IndRNNCell",
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "RecurrentAttention",
     "explain",
     "glimpse",
     "gru",
@@ -34,6 +39,7 @@ __all__ = [
     "lstm",
     "lstm_step",
     "patch_model",
+    "reinforce_loss",
     "rnn",
     "unpatch_model",
     "use_backend",
