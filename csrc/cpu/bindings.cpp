@@ -65,4 +65,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("capabilities", &isa::capabilities);
   m.def("set_capability", &isa::set_capability);
   bind_recurrent(m);
+  bind_glimpse(m);
 }

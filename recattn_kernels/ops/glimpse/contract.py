@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops.operator import Call
 
 SMOOTH = ("area", "bilinear")
 COMPATIBLE = ("kevinzakka", "tf", "dpnn")
@@ -21,4 +22,8 @@ def empty(
     return (image.new_empty((B, loc.shape[1], scales, C, height, width), dtype=dtype),)
 
 
-BACKENDS: backends.Table = {}
+def _cpp_refusal(call: Call) -> str | None:
+    return None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal}

@@ -1,7 +1,7 @@
 """Multi-scale glimpses in plain PyTorch: the definition that every other backend is tested against.
 
-Scale s has cells of k = zoom * scale_factor^s pixels around the centre c = (l + 1)/2 * N of an axis of N pixels, of which
-pixel p covers [p, p + 1]. Both smooth modes are separable, out = Wy I Wx^T:
+Scale s has cells of k = zoom * scale_factor^s pixels around the centre c = (l + 1)/2 * N of an axis of N pixels, of
+which pixel p covers [p, p + 1]. Both smooth modes are separable, out = Wy I Wx^T:
 
 area:      w(j, p) = (R_p(e[j+1]) - R_p(e[j])) / k,  e[j] = c + (j - n/2) * k,  R_p(e) the part of pixel p before e
 bilinear:  one tap at c + (j + 1/2 - n/2) * k
