@@ -44,7 +44,8 @@ from recattn_kernels import GlimpseNetwork, GlimpseSensor, LSTMCell
 SIDE, PADDLE = 24, 2
 MOVES = 3  # left, stay, right
 CELLS, SCALES = 6, 3
-CAUGHT, REACH = 0.85, 5
+CONTRAST = 8
+CAUGHT, REACH = 0.8, 5
 TEST_GAMES, TEST_SEED = 2000, 1
 
 
@@ -128,8 +129,9 @@ class Agent(nn.Module):
         self.baseline = nn.Linear(options.hidden, 1)
         nn.init.normal_(self.locator.weight, std=0.01)  # it starts by looking around the middle
         nn.init.zeros_(self.locator.bias)
-        # A cell's mean as the count of its pixels: of what is seen at the coarsest scale, 1/16 is little beside 1.
-        self.register_buffer("pixels", 4.0 ** torch.arange(SCALES).view(-1, 1, 1, 1), persistent=False)
+        # From a cell's mean to the count of its pixels, times CONTRAST: of hundred inputs three are not 0, and at the
+        # coarsest scale they are 1/16.
+        self.register_buffer("gain", CONTRAST * 4.0 ** torch.arange(SCALES).view(-1, 1, 1, 1), persistent=False)
 
     def play(self, game: Catch, generator: torch.Generator | None = None) -> list[Decision]:
         """Plays to the end. Without a generator nothing is drawn: the mean location, the likeliest move."""
@@ -141,7 +143,7 @@ class Agent(nn.Module):
             if generator is not None:
                 location = location + self.std * torch.randn(location.shape, generator=generator)
             location_log_prob = -((location - mean) / self.std).square().sum(1) / 2  # but for a constant
-            seen = self.sensor(game.screen(), location) * self.pixels
+            seen = self.sensor(game.screen(), location) * self.gain
             h, c = self.core(self.glimpse_network(seen, location), (h, c))
             log_p = self.mover(h).log_softmax(1)
             if generator is None:

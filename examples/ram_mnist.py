@@ -52,7 +52,7 @@ TEST_DIGITS = 100  # of each class
 SPLIT_SEED, TEST_SEED = 0, 1
 EVALUATION_BATCH = 250
 RATES = {"sgd": 0.01, "adam": 1e-3}
-QUICK_SAMPLES, QUICK_BATCH, QUICK_EPOCHS = 4, 50, 40
+QUICK_SAMPLES, QUICK_BATCH, QUICK_EPOCHS = 4, 50, 60
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
