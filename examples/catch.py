@@ -294,7 +294,8 @@ def film(agent: Agent, games: int, out: Path) -> None:
     game.screen()
     locations.append(locations[-1])
 
-    figure = Figure(figsize=(2.2 * games, 2.2), layout="constrained")
+    figure = Figure(figsize=(2.2 * games, 2.2))
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.99, wspace=0.04)
     panels = figure.subplots(1, games, squeeze=False)[0]
     writer = PillowWriter(fps=6)
     with writer.saving(figure, str(out / "catch.gif"), 80):
