@@ -79,12 +79,13 @@ class Launch:
     num_warps: int
     registers: int
     num_stages: int = 1
+    fp_fusion: bool = True
 
     def options(self, backend: str) -> dict[str, Any]:
-        """Of the compilation. One stage where the kernels issue their loads ahead themselves. Fused multiply-adds are
-        wanted: they only drop a rounding."""
+        """Of the compilation. One stage where the kernels issue their loads ahead themselves. Fused multiply-adds only
+        drop a rounding: they are wanted but where a position decides which pixel is read."""
         cap = {"maxnreg": self.registers} if backend == "cuda" else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True} | cap
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion} | cap
 
     def run(self, **moved: int) -> None:
         """moved: arguments in place of those of the same name."""

@@ -89,6 +89,7 @@ class Axis {
     const double half = double(n) / 2;
     slope = area ? R(1 / k) : R(1);
     shrinks = area;
+    if (area && padding_ == Padding::zeros) return boxes(centre, k, half, begin, end, wanted);
     double a = centre + rounded_product(double(begin) - half, k);
     for (int64_t j = begin; j < end; ++j) {
       Cell<R>& cell = cells_[j];
@@ -124,16 +125,18 @@ class Axis {
 
  private:
   Buffer<Cell<R>> cell_buffer_;
-  Buffer<R> tap_buffer_;
+  Buffer<R> tap_buffer_, share_buffer_;
+  Buffer<double> edge_buffer_, pixel_buffer_;
+  Buffer<int64_t> place_buffer_;
   Cell<R>* cells_ = nullptr;
   R* taps_ = nullptr;
   int64_t stride_ = 0, N_ = 0;
   Padding padding_ = Padding::zeros;
 
   void reserve(int64_t n, int64_t stride) {
-    stride_ = stride;
+    stride_ = ceil_div(stride, LANES<R>) * LANES<R>;
     cells_ = cell_buffer_.at_least(n);
-    taps_ = tap_buffer_.at_least(n * stride);
+    taps_ = tap_buffer_.at_least(n * stride_);
   }
 
   // The pixel that is seen at v, a whole number that may lie outside.
@@ -179,26 +182,64 @@ class Axis {
     }
     const double last = b > after ? after : after - 1;
     int64_t from, to;  // the last one included
-    if (padding_ == Padding::zeros) {
-      if (last < 0 || first >= double(N_) || N_ == 0) {
-        cell.start = cell.count = 0;
-        return;
-      }
+    if (padding_ == Padding::border) {
       from = clamped(first, 0, N_ - 1), to = clamped(last, 0, N_ - 1);
-      const R inner = R(1 / k);
-      for (int64_t i = 0; i <= to - from; ++i) weights[i] = inner;
-      if (double(from) == first) weights[0] = R((1 - (a - first)) / k);
-      if (double(to) == after) weights[to - from] = R((b - after) / k);
     } else {
-      if (padding_ == Padding::border) {
-        from = clamped(first, 0, N_ - 1), to = clamped(last, 0, N_ - 1);
-      } else {
-        reflected(first, last, from, to);
-      }
-      for (int64_t i = from; i <= to; ++i) weights[i - from] = R((before(b, double(i)) - before(a, double(i))) / k);
+      reflected(first, last, from, to);
     }
+    for (int64_t i = from; i <= to; ++i) weights[i - from] = R((before(b, double(i)) - before(a, double(i))) / k);
     cell.start = from;
     cell.count = to - from + 1;
+  }
+
+  // The boxes of an image with nothing around it, the usual ones: edge by edge, so that loops vectorise.
+  void boxes(double centre, double k, double half, int64_t begin, int64_t end, bool wanted) {
+    const int64_t edges = end - begin + 1;
+    double* const __restrict steps = edge_buffer_.at_least(edges);
+    double* const __restrict pixels = pixel_buffer_.at_least(edges);
+    R* const __restrict shares = share_buffer_.at_least(2 * edges);
+    int64_t* const __restrict places = place_buffer_.at_least(edges);
+    multiples(steps, double(begin) - half, k, edges);
+    const double most = double(N_), per_k = 1 / k;
+    RECATTN_INDEPENDENT
+    for (int64_t i = 0; i < edges; ++i) {
+      const double edge = centre + steps[i], pixel = down(edge), f = edge - pixel;
+      pixels[i] = pixel;
+      // Rounded to float the product is as good as the quotient.
+      shares[i] = R(sizeof(R) == 4 ? f * per_k : f / k);
+      shares[edges + i] = R(sizeof(R) == 4 ? (1 - f) * per_k : (1 - f) / k);
+      const double above = pixel > -1 ? pixel : -1;
+      places[i] = int64_t(above < most ? above : most);
+    }
+    const R inner = R(per_k);
+    low = INT64_MAX, high = 0;
+    for (int64_t i = 0; i + 1 < edges; ++i) {
+      const int64_t a = places[i], b = places[i + 1];
+      Cell<R>& cell = cells_[begin + i];
+      R* const weights = taps_ + (begin + i) * stride_;
+      const bool within = pixels[i] == pixels[i + 1];
+      const int64_t from = a < 0 ? 0 : a, last = within || shares[i + 1] > 0 ? b : b - 1, to = last < N_ ? last : N_ - 1;
+      cell.start = from;
+      cell.count = to < from ? 0 : to - from + 1;
+      cell.lower = a < N_ ? a : -1;
+      cell.upper = b < N_ ? b : -1;
+      cell.weights = weights;
+      cell.m = R(double(begin + i) - half);
+      for (int64_t t = 0; t < cell.count; t += LANES<R>) {
+        const Vec<R> all = Vec<R>{} + inner;
+        memcpy(weights + t, &all, VECTOR_BYTES);
+      }
+      if (a >= 0) weights[0] = within ? R(1) : shares[edges + i];
+      if (b == to && !within && cell.count > 0) weights[to - from] = shares[i + 1];
+      if (cell.count > 0) include(from, to + 1);
+      if (wanted && cell.lower >= 0) include(cell.lower, cell.lower + 1);
+      if (wanted && cell.upper >= 0) include(cell.upper, cell.upper + 1);
+    }
+    if (high == 0) low = 0;
+  }
+  // Apart from what they are added to, so that no compiler fuses the two.
+  __attribute__((noinline)) static void multiples(double* to, double first, double k, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = (first + double(i)) * k;
   }
 
   // What is seen between two whole numbers: the image's ends if a turn lies between them.

@@ -16,20 +16,21 @@ RECATTN_FN R as(S v) {
   }
 }
 
-template <class T, int N> struct Lanes {
-  typedef T type __attribute__((vector_size(N * sizeof(T))));
-};
-
 // LANES<R> elements of any type.
 template <class R, class S>
 RECATTN_FN Vec<R> load_lanes(const S* from) {
   Vec<R> v;
   if constexpr (sizeof(S) == sizeof(R)) {
     memcpy(&v, from, VECTOR_BYTES);
+#if defined(__AVX512F__)
   } else if constexpr (sizeof(S) == 1 && sizeof(R) == 4) {
-    typename Lanes<uint8_t, LANES<R>>::type bytes;
-    memcpy(&bytes, from, sizeof bytes);
-    v = __builtin_convertvector(__builtin_convertvector(bytes, Vec<int32_t>), Vec<R>);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    v = (Vec<R>)_mm512_maskz_cvtepi32_ps(ALL, _mm512_maskz_cvtepu8_epi32(ALL, bytes));
+#elif defined(__AVX2__)
+  } else if constexpr (sizeof(S) == 1 && sizeof(R) == 4) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    v = (Vec<R>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+#endif
   } else {
     R lanes[LANES<R>];
     if constexpr (sizeof(S) == 2) {
@@ -64,6 +65,7 @@ void blend(const S* from, int64_t row, int64_t step, const R* weights, int64_t c
   int64_t x = 0;
   if (step == 1) {
     x = blend_vectors<4>(from, row, weights, count, to, x, n);
+    x = blend_vectors<2>(from, row, weights, count, to, x, n);
     x = blend_vectors<1>(from, row, weights, count, to, x, n);
   }
   for (; x < n; ++x) {

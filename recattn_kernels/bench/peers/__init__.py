@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recattn_kernels import backends
-from recattn_kernels.bench.peers import gated, indrnn
+from recattn_kernels.bench.peers import gated, glimpse, indrnn
 from recattn_kernels.bench.peers.case import Case, Impl, reference_of
 
 __all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
@@ -24,6 +24,10 @@ NOTES = {
     "layer:": "a whole layer of width H over an input of width H, its input projection included",
     "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
+    "gather": "the image padded, one gather of the widest windows at whole pixels, their centres average-pooled",
+    "slicing": "a slice of the padded image for each sample and scale, pooled",
+    "grid_sample": "a bilinear tap of F.grid_sample for every pixel of the windows, pooled",
+    "conv3x3": "a convolution of the whole image, to 16 channels",
     "zoneout:": "with zoneout, as in evaluation",
 }
 
@@ -33,6 +37,7 @@ PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
     "rnn": functools.partial(gated.peers, layer="RNN"),
     "lstm": functools.partial(gated.peers, layer="LSTM"),
     "gru": functools.partial(gated.peers, layer="GRU"),
+    "glimpse": glimpse.peers,
 }
 
 

@@ -26,4 +26,10 @@ def _cpp_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _cpp_refusal}
+def _triton_refusal(call: Call) -> str | None:
+    if call.inputs[1] is not None and call.inputs[1].dtype == torch.float64:
+        return "it computes in float32, loc is float64"
+    return None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}
