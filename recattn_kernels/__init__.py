@@ -4,8 +4,10 @@ from recattn_kernels.backends import BackendUnavailableError, explain, use_backe
 from recattn_kernels.layers.additive_attention import AdditiveAttention, AttentionLSTMCell
 from recattn_kernels.layers.gated import GRU, LSTM, RNN
 from recattn_kernels.layers.gated_cell import GRUCell, LSTMCell, RNNCell
+from recattn_kernels.layers.glimpse import GlimpseNetwork, GlimpseSensor
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 from recattn_kernels.layers.patch import PatchReport, patch_model, unpatch_model
+from recattn_kernels.layers.recurrent_attention import RecurrentAttention, reinforce_loss
 from recattn_kernels.layers.slot_attention import SlotAttention
 from recattn_kernels.ops.additive_attention import additive_attention
 from recattn_kernels.ops.glimpse import glimpse
@@ -27,11 +29,14 @@ __all__ = [
     "AttentionLSTMCell",
     "BackendUnavailableError",
     "GRUCell",
+    "GlimpseNetwork",
+    "GlimpseSensor",
     "IndRNN",
     "IndRNNCell",
     "LSTMCell",
     "PatchReport",
     "RNNCell",
+    "RecurrentAttention",
     "SlotAttention",
     "additive_attention",
     "explain",
@@ -42,6 +47,7 @@ __all__ = [
     "lstm",
     "lstm_step",
     "patch_model",
+    "reinforce_loss",
     "rnn",
     "slot_attention",
     "unpatch_model",
