@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       __syncthreads();
       for (int i = row0 * units + threadIdx.x; i < (row0 + rows) * units; i += BLOCK_THREADS) {
         const Place at = block.place(i);
-        if (i >= BLOCK_THREADS) in = inputs<E, C>(p, block, at, step, steps[at.row]);
+        if (i != int(threadIdx.x)) in = inputs<E, C>(p, block, at, step, steps[at.row]);
         if (!at.inside) continue;
         float grad = dh[i];
         if (step > 0) grad += product.sum(at.unit, at.row - row0);

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       __syncthreads();
       for (int i = row0 * units + threadIdx.x; i < (row0 + rows) * units; i += BLOCK_THREADS) {
         const Place at = block.place(i);
-        if (i >= BLOCK_THREADS) in = inputs<E, C>(p, block, at, step, steps[at.row]);
+        if (i != int(threadIdx.x)) in = inputs<E, C>(p, block, at, step, steps[at.row]);
         if (!at.inside) continue;
         if (in.valid) {
           const States old{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     }
     if (step + 1 < p.T) block.arrive();
   }
+  __syncthreads();
   for (int i = threadIdx.x; i < places; i += BLOCK_THREADS) {
     const Place at = block.place(i);
     if (!at.inside) continue;

@@ -136,6 +136,8 @@ def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
 def refusal(gates: int, H: int, element: int, exact: bool, gpu: Gpu) -> str | None:
     if gpu.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, gpu.capability))}"
+    if H == 0:
+        return None  # nothing is launched
     for backward in (False, True):
         plan = launch_plan(Problem(gates, H, element, exact, backward), 1, gpu)
         if isinstance(plan, str):
