@@ -122,6 +122,7 @@ def step_cycles(problem: Problem, plan: Plan) -> float:
     return meeting + states + max(weights, products) + cells
 
 
+@functools.lru_cache(maxsize=4096)
 def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
     """The plan with the least estimated time, or the reason why there is none. That there is one does not depend on B."""
     plans = list(candidates(problem, max(B, 1), gpu))
