@@ -38,10 +38,12 @@ namespace emulation {
 
 constexpr size_t STACK = 1 << 16;
 
+struct Thread;
+
 // Threads that wait for each other.
 struct Barrier {
-  int size = 0, came = 0;
-  long generation = 0;
+  size_t size = 0;
+  std::vector<Thread*> waiting;
 };
 
 struct Warp {
@@ -56,7 +58,7 @@ struct Block {
   size_t mapped = 0;
 
   Block(unsigned threads, size_t bytes) : warps((threads + 31) / 32) {
-    barrier.size = int(threads);
+    barrier.size = threads;
     for (Warp& warp : warps) warp.barrier.size = 32;
     const size_t page = 4096, payload = (bytes + page - 1) / page * page;
     mapped = payload + page;
@@ -74,37 +76,43 @@ struct Thread {
   ucontext_t context;
   Block* block;
   unsigned block_index, index;
-  bool done = false;
-  const long* generation = nullptr;  // of the barrier at which it waits
-  long seen = 0;
-
-  bool can_run() const { return !done && (generation == nullptr || *generation != seen); }
+  long seen = -1;  // how many releases there had been when it last looked
 };
 
 inline ucontext_t scheduler;
 inline Thread* current = nullptr;
 inline std::function<void()> body;
-inline long progress = 0;
+inline std::vector<Thread*> ready, spinning;
+inline long releases = 0;
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
+inline void resume(std::vector<Thread*>& threads) {
+  ready.insert(ready.end(), threads.begin(), threads.end());
+  threads.clear();
+}
+
 inline void wait(Barrier& barrier) {
-  if (++barrier.came == barrier.size) {
-    barrier.came = 0;
-    ++barrier.generation;
-    ++progress;
-    return;
-  }
-  current->generation = &barrier.generation;
-  current->seen = barrier.generation;
+  barrier.waiting.push_back(current);
+  if (barrier.waiting.size() == barrier.size) resume(barrier.waiting);
   yield();
-  current->generation = nullptr;
+}
+
+// What a thread that looks again and again waits for.
+inline void release() {
+  ++releases;
+  resume(spinning);
+}
+inline void look() {
+  if (current->seen == releases) {
+    spinning.push_back(current);
+    yield();
+  }
+  current->seen = releases;
 }
 
 inline void enter() {
   body();
-  current->done = true;
-  ++progress;
   yield();
 }
 
@@ -124,7 +132,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
   std::vector<Thread> all(size_t(blocks) * threads);
   std::unique_ptr<char[]> stacks(new char[all.size() * STACK]);
   for (unsigned b = 0; b < blocks; ++b) memory.push_back(std::make_unique<Block>(threads, shared));
-  std::vector<Thread*> order;
+  ready.clear();
+  spinning.clear();
   for (size_t i = 0; i < all.size(); ++i) {
     Thread& thread = all[i];
     thread.block_index = unsigned(i / threads);
@@ -135,22 +144,22 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
     thread.context.uc_stack.ss_size = STACK;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, enter, 0);
-    order.push_back(&thread);
+    ready.push_back(&thread);
   }
-  int idle = 0;
-  while (!order.empty()) {
-    const long before = progress;
-    std::shuffle(order.begin(), order.end(), random);
-    for (Thread* thread : order) {
-      if (!thread->can_run()) continue;
-      current = thread;
-      threadIdx.x = thread->index;
-      blockIdx.x = thread->block_index;
-      swapcontext(&scheduler, &thread->context);
-    }
-    std::erase_if(order, [](const Thread* thread) { return thread->done; });
-    idle = progress == before ? idle + 1 : 0;
-    if (idle > 100) throw std::runtime_error("emulation: the threads wait for each other");
+  while (!ready.empty()) {
+    std::swap(ready[random() % ready.size()], ready.back());
+    current = ready.back();
+    ready.pop_back();
+    threadIdx.x = current->index;
+    blockIdx.x = current->block_index;
+    swapcontext(&scheduler, &current->context);
+  }
+  const auto stuck = [](const std::unique_ptr<Block>& block) {
+    return !block->barrier.waiting.empty() ||
+           std::any_of(block->warps.begin(), block->warps.end(), [](Warp& w) { return !w.barrier.waiting.empty(); });
+  };
+  if (!spinning.empty() || std::any_of(memory.begin(), memory.end(), stuck)) {
+    throw std::runtime_error("emulation: threads wait for what never comes");
   }
 }
 

@@ -17,11 +17,11 @@ inline uint4 load_exchanged(const void* from) {
 
 inline void count_release(unsigned* counter) {
   ++*counter;
-  ++emulation::progress;
+  emulation::release();
 }
 inline unsigned load_acquire(const unsigned* counter) {
-  emulation::yield();
-  return *const_cast<const volatile unsigned*>(counter);
+  emulation::look();
+  return *counter;
 }
 
 // value(word, i): the i-th of the N numbers in a word.
