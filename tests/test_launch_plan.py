@@ -11,7 +11,13 @@ from recattn_kernels.ops.gated.launch_plan import Gpu, Plan, Problem, refusal
 
 KB = 1024
 A100, H100 = Gpu(108, 163 * KB, (8, 0)), Gpu(132, 227 * KB, (9, 0))
-GPUS = {"a100": A100, "h100": H100, "rtx-3060": Gpu(28, 99 * KB, (8, 6)), "small": Gpu(4, 48 * KB), "one": Gpu(1, 99 * KB)}
+GPUS = {
+    "a100": A100,
+    "h100": H100,
+    "rtx-3060": Gpu(28, 99 * KB, (8, 6)),
+    "small": Gpu(4, 48 * KB),
+    "one": Gpu(1, 99 * KB),
+}
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 HIDDEN = (1, 3, 33, 130, 256, 512, 1000, 1024, 2048)
 BATCH = (1, 8, 9, 64, 1000)

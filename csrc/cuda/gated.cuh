@@ -50,9 +50,11 @@ class Block {
   }
 
   // What the blocks of the group leave at a turn: rows, of which the inner dimension is contiguous.
-  __device__ const char* found(int64_t turn, int row) const { return exchange_ + (turn & 1) * turn_bytes_ + row * row_bytes_; }
+  __device__ char* exchanged(int64_t turn, int row) const {
+    return exchange_ + (turn & 1) * turn_bytes_ + row * row_bytes_;
+  }
   __device__ void leave(int64_t turn, int row, int64_t k, float v) const {
-    reinterpret_cast<Element*>(exchange_ + (turn & 1) * turn_bytes_ + row * row_bytes_)[k] = E::narrow(v);
+    reinterpret_cast<Element*>(exchanged(turn, row))[k] = E::narrow(v);
   }
 
   // What the block has left is there for those who wait for it.

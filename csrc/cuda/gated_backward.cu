@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
       const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;
       if (row0 > 0) __syncthreads();
-      if (step > 0) product.run(block.found(step - 1, row0), rows / COLUMN_TILE);
+      if (step > 0) product.run(block.exchanged(step - 1, row0), rows / COLUMN_TILE);
       __syncthreads();
       for (int i = row0 * units + threadIdx.x; i < (row0 + rows) * units; i += BLOCK_THREADS) {
         const Place at = block.place(i);

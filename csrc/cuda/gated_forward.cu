@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
       const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;
       if (row0 > 0) __syncthreads();
-      product.run(block.found(step, row0), rows / COLUMN_TILE);
+      product.run(block.exchanged(step, row0), rows / COLUMN_TILE);
       __syncthreads();
       for (int i = row0 * units + threadIdx.x; i < (row0 + rows) * units; i += BLOCK_THREADS) {
         const Place at = block.place(i);
@@ -116,7 +116,10 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         if (in.valid) {
           const States old{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
           float q[G], kept[KEPT];
-          for (int g = 0; g < G; ++g) q[g] = product.sum(g * units + at.unit, at.row - row0) + bias[g * units + at.unit];
+          for (int g = 0; g < G; ++g) {
+            const int row = g * units + at.unit;
+            q[g] = product.sum(row, at.row - row0) + bias[row];
+          }
           const States fresh = cell<C>(p, in.x, q, old, kept);
           h[i] = zoneout(p.keep_h, in.keep_h, p.zoneout_h, old.h, fresh.h);
           if (C == Cell::lstm) c[i] = zoneout(p.keep_c, in.keep_c, p.zoneout_c, old.c, fresh.c);

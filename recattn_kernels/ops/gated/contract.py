@@ -213,17 +213,16 @@ def triton_refusal(call: Call) -> str | None:
 
 def cuda_refusal(call: Call) -> str | None:
     """Why the CUDA kernels cannot run the call: they are of the same cells, and weight_hh has to fit."""
-    return triton_refusal(call) or _weights_refusal(
-        call.gates, call.sizes[2], call.weight_hh.element_size(), multiplies_exactly(call), call.x.device
-    )
+    return triton_refusal(call) or _weights_refusal(call.gates, call.sizes[2], call.weight_hh.dtype, call.x.device)
 
 
-def multiplies_exactly(call: Call) -> bool:
-    """Whether the products are float32 in full."""
-    return call.weight_hh.dtype == torch.float32 and not allows_tf32()
-
-
-# A constant to a compiled graph, which cannot ask for the GPU's properties.
+# A constant to a compiled graph, which cannot ask for torch's settings and the GPU's properties.
 @torch.compiler.assume_constant_result
-def _weights_refusal(gates: int, H: int, element: int, exact: bool, device: torch.device) -> str | None:
-    return launch_plan.refusal(gates, H, element, exact, launch_plan.gpu_of(device))
+def _weights_refusal(gates: int, H: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    exact = multiplies_exactly(dtype)
+    return launch_plan.refusal(gates, H, dtype.itemsize, exact, launch_plan.gpu_of(device))
+
+
+def multiplies_exactly(weight_hh: torch.dtype) -> bool:
+    """Whether the products with weights of this type are float32 in full."""
+    return weight_hh == torch.float32 and not allows_tf32()

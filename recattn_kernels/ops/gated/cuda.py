@@ -78,7 +78,7 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
 def _common(call: Call, backward: bool) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     """The arguments that both directions take, and the tensors that have to live as long as their pointers."""
     (_, B, H), time = call.sizes, call.time
-    exact = multiplies_exactly(call)
+    exact = multiplies_exactly(call.weight_hh.dtype)
     problem = launch_plan.Problem(call.gates, H, call.weight_hh.element_size(), exact, backward)
     plan = launch_plan.launch_plan(problem, B, launch_plan.gpu_of(call.x.device))
     if isinstance(plan, str):

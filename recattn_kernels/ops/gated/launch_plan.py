@@ -1,9 +1,9 @@
 """How the persistent CUDA kernels of rnn, lstm and gru are laid out on a GPU, or why they cannot be.
 
 All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step. A block has
-`units` of the H hidden units and `rows` of the batch; slices blocks side by side cover H, and exchange what they compute;
-groups of them cover slices of the batch and know nothing of each other. A batch that needs more groups than fit is
-taken in several passes.
+`units` of the H hidden units and `rows` of the batch. As many blocks as there are `slices` cover H together, and
+exchange what they compute; each group of them has rows of its own and knows nothing of the others. A batch that needs
+more groups than fit is taken in several passes.
 
 Forward, a block's weights are the rows of W_hh of its units, of all gates; backward, the columns.
 """
@@ -124,7 +124,7 @@ def step_cycles(problem: Problem, plan: Plan) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
-    """The plan with the least estimated time, or the reason why there is none. That there is one does not depend on B."""
+    """The plan with the least estimated time, or the reason why there is none: that does not depend on B."""
     plans = list(candidates(problem, max(B, 1), gpu))
     if plans:
         return min(plans, key=lambda plan: (plan.passes(B) * step_cycles(problem, plan), plan.blocks))
