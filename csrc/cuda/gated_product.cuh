@@ -98,7 +98,7 @@ struct Float32Product {
       if (n < column_tiles) stage[n * 32 + column * 8 + row] = states[n];
     }
     __syncwarp();
-#pragma unroll
+#pragma unroll 1  // all four at once are only more code
     for (int quarter = 0; quarter < 4; ++quarter) {
       float4 left[COLUMN_TILES], right[COLUMN_TILES];
 #pragma unroll

@@ -213,14 +213,13 @@ def triton_refusal(call: Call) -> str | None:
 
 def cuda_refusal(call: Call) -> str | None:
     """Why the CUDA kernels cannot run the call: they are of the same cells, and weight_hh has to fit."""
-    return triton_refusal(call) or _weights_refusal(call.gates, call.sizes[2], call.weight_hh.dtype, call.x.device)
-
-
-# A constant to a compiled graph, which cannot ask for torch's settings and the GPU's properties.
-@torch.compiler.assume_constant_result
-def _weights_refusal(gates: int, H: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    exact = multiplies_exactly(dtype)
-    return launch_plan.refusal(gates, H, dtype.itemsize, exact, launch_plan.gpu_of(device))
+    reason = triton_refusal(call)
+    # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
+    weight_hh = call.weight_hh
+    exact, gpu = multiplies_exactly(weight_hh.dtype), launch_plan.gpu_of(weight_hh.device)
+    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, gpu)
 
 
 def multiplies_exactly(weight_hh: torch.dtype) -> bool:
