@@ -187,7 +187,8 @@ def build_cuda(ninja: NinjaFile) -> Path:
     command = [nvcc, *host, *CUDA_FLAGS.split(), *archs, "-Icsrc"]
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         ninja.compile(source, "cuda", command)
-    ninja.compile(Path("csrc/cuda/bindings.cpp"), "cuda", [*command, *includes])
+    for source in sorted(Path("csrc/cuda").glob("bindings*.cpp")):
+        ninja.compile(source, "cuda", [*command, *includes])
     return ninja.link([nvcc, *host, *CUDA_LINK_FLAGS.split(), *archs])
 
 

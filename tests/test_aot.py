@@ -98,6 +98,7 @@ def cuda_sources() -> Iterator[Path]:
 @pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in cuda_sources()])
 def test_cuda_compiles_without_spills(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2", "-Xptxas", "-v", "-fatbin"]
+    options.append(f"-I{source.parents[1]}")
     for architecture in ("80", "90") if request.config.getoption("--aot-full") else ("90",):
         options += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     command = ["nvcc", *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]

@@ -1,26 +1,10 @@
 // recattn_kernels._cuda: the CUDA kernels as functions of integers (pointers, sizes, strides, the stream). The caller, an
 // op's cuda.py, has checked every argument and made the tensors' device current; nothing is checked again here.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include <tuple>
-
-#include "kernels.h"
-
-namespace py = pybind11;
 using namespace recattn;
 
 namespace {
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using Strided = std::tuple<uintptr_t, int64_t, int64_t>;
-using Typed = std::tuple<uintptr_t, int>;
-
-Sequence sequence(const Strided& s) { return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
-Plain plain(const Typed& x) { return {pointer(std::get<0>(x)), Dtype(std::get<1>(x))}; }
 
 template <class P>
 P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int activation, double negative_slope,
@@ -72,4 +56,6 @@ PYBIND11_MODULE(_cuda, m) {
     p.grad_bias = plain(grad_bias);
     indrnn_backward(p, static_cast<cudaStream_t>(pointer(stream)));
   }, py::call_guard<py::gil_scoped_release>());
+
+  bind_gated(m);
 }

@@ -51,6 +51,60 @@ struct IndrnnBackward : Indrnn {
   float grad_clip;                  // infinity: no clipping
 };
 
+// The order is that of CELLS in recattn_kernels/ops/gated/contract.py.
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+
+// How a persistent kernel is laid out, by recattn_kernels/ops/gated/launch_plan.py: block (slice, group) has the units
+// from slice * units on and, of each pass over slices * groups blocks, the rows from group * rows on.
+struct GatedPlan {
+  int units, rows, slices, groups;  // rows: a multiple of 8
+  int64_t shared, workspace;        // bytes of a block's shared memory, and of all that the blocks exchange
+};
+
+struct Mask {
+  const uint8_t* data = nullptr;  // null: absent
+  int64_t stride_t = 0, stride_b = 0;
+};
+
+struct Gated {
+  int64_t T, B, H;
+  Cell cell;
+  Dtype dtype;             // of the sequences
+  bool tf32;               // whether float32 may be multiplied as TF32
+  Plain weight_hh;         // (G*H, H); its type is that of the product
+  Mask reset;              // (T, B)
+  const int64_t* lengths;  // (B,) or null; clamped to [0, T]
+  bool reverse;
+  float zoneout_h, zoneout_c;  // the rates, 0 for none
+  Mask keep_h, keep_c;         // (T, B, H)
+  GatedPlan plan;
+  void* workspace;    // what is exchanged between blocks, then a counter of each group
+  int64_t first_row;  // of the pass
+};
+
+struct GatedForward : Gated {
+  Plain bias_hh;  // (G*H,)
+  Plain h0, c0;   // (B, H)
+  Sequence x, output;
+  Plain h_n, c_n;        // (B, H)
+  float *gates, *cells;  // kept for the backward, (T, B, KEPT*H) and (T, B, H); or null
+};
+
+struct GatedBackward : Gated {
+  Plain h0, c0;  // (B, H)
+  Sequence grad_output, output;
+  Sequence gates;      // as kept, float32
+  const float* cells;  // as kept
+  Sequence grad_x;
+  Sequence grad_q;           // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
+  Plain grad_h_n, grad_c_n;  // (B, H)
+  Plain grad_h0, grad_c0;    // (B, H)
+  float grad_clip;           // infinity: no clipping
+};
+
+void gated_forward(const GatedForward& p, cudaStream_t stream);
+void gated_backward(const GatedBackward& p, cudaStream_t stream);
+
 void indrnn_forward(const IndrnnForward& p, cudaStream_t stream);
 void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream);
 // Of the two functions above, where p.scan; the sums over the batch are left out.

@@ -5,29 +5,12 @@
 // (cp.async), CHUNK steps a group. Nothing is shared between threads, so nothing is synchronised.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_pipeline.h>
 
-#include "kernels.h"
+#include "values.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {
-
-// The 16-bit types. smallest() and below() serve keep_inside in cells.h.
-struct BFloat16 {
-  static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.96875f : 0.99609375f; }
-  static __device__ float load(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
-  static __device__ uint16_t store(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
-};
-
-struct Float16 {
-  static constexpr float smallest() { return 5.9604644775390625e-8f; }  // 2^-24
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.99609375f : 0.99951171875f; }
-  static __device__ float load(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-  static __device__ uint16_t store(float v) { return __half_as_ushort(__float2half_rn(v)); }
-};
 
 // What a thread reads and writes at a step: COLUMNS adjacent columns in one Word. cp.async takes 4 bytes or more.
 struct One32 {
@@ -157,22 +140,6 @@ struct Sum {
   }
   __device__ float value() const { return fabsf(total) <= 3.4028234e38f ? total + lost : total; }
 };
-
-__device__ inline float load(const Plain& x, int64_t i) {
-  if (x.data == nullptr) return 0.0f;
-  if (x.dtype == Dtype::float32) return static_cast<const float*>(x.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(x.data)[i];
-  return x.dtype == Dtype::bfloat16 ? BFloat16::load(bits) : Float16::load(bits);
-}
-
-__device__ inline void store(const Plain& x, int64_t i, float v) {
-  if (x.data == nullptr) return;
-  if (x.dtype == Dtype::float32) {
-    static_cast<float*>(x.data)[i] = v;
-  } else {
-    static_cast<uint16_t*>(x.data)[i] = x.dtype == Dtype::bfloat16 ? BFloat16::store(v) : Float16::store(v);
-  }
-}
 
 }  // namespace RECATTN_ISA
 }  // namespace recattn

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.sequence import compute_dtype
 
 # cell -> gates; the order is that of csrc/cpu/kernels.h's enum Cell. gru_before resets the state before the product.
@@ -187,13 +188,20 @@ def backward(op: str, *args: Any) -> tuple[Tensor, ...]:
     return tuple(backends.load(op, backend).backward(grads, call, kept))
 
 
+def allows_tf32() -> bool:
+    """Whether torch multiplies float32 matrices on a GPU as TF32."""
+    matmul = torch.backends.cuda.matmul
+    # allow_tf32 raises where the newer setting has been used.
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
 def cpp_refusal(call: Call) -> str | None:
     """The CPU kernels take every call."""
     return None
 
 
 def triton_refusal(call: Call) -> str | None:
-    """Why the Triton kernels cannot run the call."""
+    """Why the Triton kernels, or those in CUDA, cannot run the call."""
     if call.x.dtype == torch.float64:
         return "it has no float64 kernel"
     if call.ln_weight is not None:
@@ -201,3 +209,19 @@ def triton_refusal(call: Call) -> str | None:
     if call.cell == "gru_before":
         return "it has no reset_after=False, whose two products depend on each other"
     return None
+
+
+def cuda_refusal(call: Call) -> str | None:
+    """Why the CUDA kernels cannot run the call: they are of the same cells, and weight_hh has to fit."""
+    reason = triton_refusal(call)
+    # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
+    weight_hh = call.weight_hh
+    exact, gpu = multiplies_exactly(weight_hh.dtype), launch_plan.gpu_of(weight_hh.device)
+    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, gpu)
+
+
+def multiplies_exactly(weight_hh: torch.dtype) -> bool:
+    """Whether the products with weights of this type are float32 in full."""
+    return weight_hh == torch.float32 and not allows_tf32()

@@ -13,7 +13,16 @@ import torch
 import triton
 from torch import Tensor
 
-from recattn_kernels.ops.gated.contract import KEPT, Call, Kept, empty_backward, empty_forward, reads_output
+from recattn_kernels.ops.gated.contract import (
+    KEPT,
+    Call,
+    Kept,
+    allows_tf32,
+    empty_backward,
+    empty_forward,
+    reads_output,
+)
+from recattn_kernels.ops.gated.products import q_gradient, states_before
 from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
 from recattn_kernels.ops.gated.triton_step_kernels import backward_step_kernel, forward_step_kernel
 from recattn_kernels.strides import contiguous, contiguous_rows
@@ -209,12 +218,6 @@ def backward_step(
     return step_launch(backward_step_kernel, call, on, backward_arguments(grad_output, call, kept, dx, dq) | own)
 
 
-def q_gradient(call: Call, dx: Tensor) -> Tensor:
-    """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can."""
-    same = call.cell != "gru" and dx.dtype == call.weight_hh.dtype
-    return dx if same else dx.new_empty(dx.shape, dtype=call.weight_hh.dtype)
-
-
 def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
     results = empty_backward(call)
     dx, dweight_hh, dh0, dc0, dbias_hh = results[:5]
@@ -254,27 +257,3 @@ def through_first(call: Call, dq: Tensor) -> Tensor | float:
     if call.reset is not None:
         dq_first = dq_first.masked_fill(call.reset.select(call.time, first).unsqueeze(-1), 0.0)
     return dq_first @ call.weight_hh.float()
-
-
-def states_before(call: Call) -> Tensor:
-    """h[t-1] of every step, as output; 0 where the state was reset and where a row takes no step."""
-    T, B, H = call.sizes
-    output, dtype = call.x, call.weight_hh.dtype
-    initial = output.new_zeros((B, H), dtype=dtype) if call.h0 is None else call.h0.to(dtype)
-    before = output.new_empty((*output.shape[:2], H), dtype=dtype)
-    if T == 0:
-        return before
-    first, rest, earlier = (T - 1, 0, 1) if call.reverse else (0, 1, 0)
-    before.narrow(call.time, rest, T - 1).copy_(output.narrow(call.time, earlier, T - 1))
-    before.select(call.time, first).copy_(initial)
-    if call.lengths is not None:
-        lengths = call.lengths.clamp(0, T)
-        t = torch.arange(T, device=output.device)[:, None].expand(T, B)
-        if call.batch_first:
-            t, lengths = t.t(), lengths[:, None]
-        if call.reverse:
-            before = torch.where((t == lengths - 1).unsqueeze(-1), initial.unsqueeze(call.time), before)
-        before = torch.where((t < lengths).unsqueeze(-1), before, 0.0)
-    if call.reset is not None:
-        before = before.masked_fill(call.reset.unsqueeze(-1), 0.0)
-    return before

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.gated import triton
 from recattn_kernels.ops.gated.contract import CELLS, Call, empty_backward, empty_forward
+from recattn_kernels.ops.gated.products import q_gradient
 from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants
 
 
@@ -69,7 +70,7 @@ def example(cell: str, shape: Shape, on: Machine) -> tuple[Launch, Launch]:
     output, h_n, c_n, kept = empty_forward(call, True)
     backward = call._replace(x=output)
     results = empty_backward(backward)
-    dq = triton.q_gradient(backward, results[0])
+    dq = q_gradient(backward, results[0])
     if triton.holds_weights(call, on):
         grads = (output, h_n, c_n if lstm else None)
         forward = triton.forward_sequence(call, output, h_n, c_n, kept, on)

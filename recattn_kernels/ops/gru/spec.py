@@ -21,7 +21,7 @@ SPEC = OpSpec(
     name="gru",
     function=gru,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=(*GRU.all(), *GRU.variant("original_", ORIGINAL, reset_after=False)),
     workloads=workloads(),
     inputs=inputs(3),

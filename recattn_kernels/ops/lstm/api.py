@@ -73,7 +73,7 @@ def lstm(
         layer_norm: (weight, bias, weight_c, bias_c), two (4H,) and two (H,): W_hh h is normalised over its 4H features
             before b_hh is added, and c_t over its H features before the tanh of h_t (Ba et al. 2016, eps 1e-5).
         training: whether zoneout draws.
-        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns:
         output, (T, B, H), or (B, T, H) under batch_first, in x's dtype: h_t of every step; and (h_n, c_n), each (B, H),

@@ -14,7 +14,7 @@ SPEC = OpSpec(
     name="lstm",
     function=lstm,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=tuple(Samples(4, has_c=True).all()),
     workloads=workloads(),
     inputs=inputs(4),

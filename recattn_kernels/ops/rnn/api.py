@@ -77,7 +77,7 @@ def rnn(
         layer_norm: (weight, bias), each (H,): W_hh h is normalised over its H features before b_hh is added
             (Ba et al. 2016, eps 1e-5).
         training: whether zoneout draws.
-        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns:
         output, (T, B, H), or (B, T, H) under batch_first, in x's dtype: h_t of every step; and h_n, (B, H), in h0's

@@ -19,7 +19,7 @@ SPEC = OpSpec(
     name="rnn",
     function=rnn,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=(*RNN.all(), *RNN.variant("relu_", RELU, nonlinearity="relu", x=away, gain=0.05)),
     workloads=workloads(),
     inputs=inputs(1),

@@ -1,0 +1,160 @@
+// What both directions of the persistent kernels of rnn, lstm and gru share.
+//
+// One launch takes all steps. A block (slice, group) has some units of some rows of the batch, and their weights in
+// shared memory. In each step it multiplies these by what all slices of its group have left in the exchange (the
+// states, or on the way back the gradients of the gates), computes its own units from that, and leaves those there in
+// turn: two places take turns, since a block may write the next while another still reads the last. How far all have
+// come is counted in global memory, by release and acquire; the launch is cooperative, or a block might wait for one
+// that has not begun.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "gated_product.cuh"
+
+namespace recattn {
+namespace RECATTN_ISA {
+
+constexpr int gates_of(Cell c) { return c == Cell::lstm ? 4 : c == Cell::gru ? 3 : 1; }
+constexpr int kept_of(Cell c) { return c == Cell::gru ? 4 : gates_of(c); }
+constexpr int states_of(Cell c) { return c == Cell::lstm ? 2 : 1; }
+
+constexpr int COUNTER = 32;  // unsigned from one group's counter to the next: each has lines of the cache to itself
+
+// One unit of one row of the batch. It has the same thread in every step.
+struct Place {
+  int64_t b, n;
+  int row, unit;  // in the block
+  bool inside;    // of the batch and of H
+};
+
+template <class E>
+class Block {
+  using Element = typename E::Element;
+
+ public:
+  __device__ Block(const Gated& p, const Layout& layout)
+      : p_(p), group_(int(blockIdx.x) / p.plan.slices),
+        n0_(int64_t(int(blockIdx.x) % p.plan.slices) * p.plan.units), b0_(p.first_row + int64_t(group_) * p.plan.rows),
+        row_bytes_(int64_t(layout.segments) * SEGMENT), turn_bytes_(row_bytes_ * p.plan.rows * p.plan.groups),
+        exchange_(static_cast<char*>(p.workspace) + row_bytes_ * p.plan.rows * group_),
+        arrived_(reinterpret_cast<unsigned*>(static_cast<char*>(p.workspace) + 2 * turn_bytes_) + group_ * COUNTER) {}
+
+  __device__ int64_t unit(int i) const { return n0_ + i; }
+  // The i-th of the block's units and rows, in an order in which adjacent units are adjacent.
+  __device__ Place place(int i) const {
+    const int row = i / p_.plan.units, unit = i % p_.plan.units;
+    const int64_t b = b0_ + row, n = n0_ + unit;
+    return {b, n, row, unit, b < p_.B && n < p_.H};
+  }
+
+  // What the blocks of the group leave at a turn: rows, of which the inner dimension is contiguous.
+  __device__ char* exchanged(int64_t turn, int row) const {
+    return exchange_ + (turn & 1) * turn_bytes_ + row * row_bytes_;
+  }
+  __device__ void leave(int64_t turn, int row, int64_t k, float v) const {
+    reinterpret_cast<Element*>(exchanged(turn, row))[k] = E::narrow(v);
+  }
+
+  // What the block has left is there for those who wait for it.
+  __device__ void arrive() const {
+    __syncthreads();
+    if (threadIdx.x == 0) count_release(arrived_);
+  }
+  // Until all blocks of the group have arrived as often as this one has waited, this time included.
+  __device__ void wait() {
+    expected_ += unsigned(p_.plan.slices);
+    if (threadIdx.x == 0) {
+      while (int(load_acquire(arrived_) - expected_) < 0) {  // the count may wrap around
+      }
+    }
+    __syncthreads();
+  }
+
+  // Steps that the row takes, and whether its state is zeroed before the one at t.
+  __device__ int64_t steps(int64_t b) const {
+    if (p_.lengths == nullptr || b >= p_.B) return p_.T;
+    const int64_t length = p_.lengths[b];
+    return length < 0 ? 0 : length > p_.T ? p_.T : length;
+  }
+  __device__ bool resets(int64_t t, int64_t b) const {
+    return p_.reset.data != nullptr && p_.reset.data[t * p_.reset.stride_t + b * p_.reset.stride_b] != 0;
+  }
+  __device__ bool keeps(const Mask& mask, int64_t t, const Place& at) const {
+    return mask.data != nullptr && mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n] != 0;
+  }
+  // The value of a sequence of p.dtype that is `gate` times H after that of the place.
+  __device__ float value(const Sequence& s, int64_t t, const Place& at, int gate = 0) const {
+    return load({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n);
+  }
+  __device__ void put(const Sequence& s, int64_t t, const Place& at, float v, int gate = 0) const {
+    store({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n, v);
+  }
+
+ private:
+  const Gated& p_;
+  const int group_;
+  const int64_t n0_, b0_, row_bytes_, turn_bytes_;
+  char* const exchange_;
+  unsigned* const arrived_;
+  unsigned expected_ = 0;
+};
+
+// What becomes of a state: the old one where the mask says so, else rate * old + (1 - rate) * fresh.
+RECATTN_FN float zoneout(const Mask& mask, bool keep, float rate, float old, float fresh) {
+  if (mask.data != nullptr) return keep ? old : fresh;
+  return rate == 0.0f ? fresh : rate * old + (1.0f - rate) * fresh;
+}
+
+// The gradients of the old state and of the fresh one from that of what became of them.
+struct Shares {
+  float old, fresh;
+};
+RECATTN_FN Shares zoneout_backward(const Mask& mask, bool keep, float rate, float d) {
+  if (mask.data != nullptr) return keep ? Shares{d, 0.0f} : Shares{0.0f, d};
+  return rate == 0.0f ? Shares{0.0f, d} : Shares{rate * d, (1.0f - rate) * d};
+}
+
+// f<E, C>(), C being that of both activations where the cell is an rnn.
+template <class F>
+void by_kernel(const Gated& p, F f) {
+  const auto by_cell = [&]<class E>() {
+    switch (p.cell) {
+      case Cell::rnn_tanh:
+      case Cell::rnn_relu: return f.template operator()<E, Cell::rnn_tanh>();
+      case Cell::lstm: return f.template operator()<E, Cell::lstm>();
+      case Cell::gru: return f.template operator()<E, Cell::gru>();
+    }
+  };
+  switch (p.weight_hh.dtype) {
+    case Dtype::float32:
+      return p.tf32 ? by_cell.template operator()<Tf32Product>() : by_cell.template operator()<Float32Product>();
+    case Dtype::bfloat16: return by_cell.template operator()<BFloat16Product>();
+    case Dtype::float16: return by_cell.template operator()<Float16Product>();
+  }
+}
+
+// One launch for every slices * groups blocks' rows of the batch.
+template <class P>
+void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
+  const auto check = [&](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  };
+  const GatedPlan& plan = p.plan;
+  const int64_t exchange = 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
+  if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
+    throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
+  }
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(layout.bytes)));
+  for (p.first_row = 0; p.first_row < p.B; p.first_row += int64_t(plan.groups) * plan.rows) {
+    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream));
+    void* arguments[] = {&p, &layout};
+    check(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.slices * plan.groups)), dim3(BLOCK_THREADS), arguments,
+                                      size_t(layout.bytes), stream));
+  }
+}
+
+}  // namespace RECATTN_ISA
+}  // namespace recattn

@@ -1,0 +1,153 @@
+"""How the persistent CUDA kernels of rnn, lstm and gru are laid out on a GPU, or why they cannot be.
+
+All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step. A block has
+`units` of the H hidden units and `rows` of the batch. As many blocks as there are `slices` cover H together, and
+exchange what they compute; each group of them has rows of its own and knows nothing of the others. A batch that needs
+more groups than fit is taken in several passes.
+
+Forward, a block's weights are the rows of W_hh of its units, of all gates; backward, the columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# As csrc/cuda/gated_product.cuh has them; the launcher refuses a plan that counts other bytes than it does.
+WARPS = 8
+ROW_TILE, ROW_TILES = 16, 4  # weights' rows of a matrix instruction, and tiles of them that a warp holds
+COLUMN_TILE, COLUMN_TILES = 8, 4  # the same of the batch
+SEGMENT = 64  # bytes of the inner dimension that a warp takes at a time
+COUNTER = 128  # bytes of a group's counter
+THREADS = 32 * WARPS
+BATCH = COLUMN_TILE * COLUMN_TILES
+ROWS = 256  # of the batch in a block at most
+
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    shared: int  # bytes that one block may have
+    capability: tuple[int, int] = (8, 0)
+
+
+class Problem(NamedTuple):
+    """What a kernel is to be laid out for."""
+
+    gates: int
+    H: int
+    element: int  # bytes of a weight
+    exact: bool  # float32 that is not multiplied as TF32: without matrix instructions
+    backward: bool
+
+    def weight_rows(self, units: int) -> int:
+        return units if self.backward else self.gates * units
+
+    @property
+    def inner(self) -> int:
+        """The length of each of them."""
+        return self.gates * self.H if self.backward else self.H
+
+    @property
+    def segments(self) -> int:
+        return ceil_div(self.inner * self.element, SEGMENT)
+
+    @property
+    def states(self) -> int:
+        return 2 if self.gates == 4 else 1
+
+    def __str__(self) -> str:
+        direction = "backward" if self.backward else "forward"
+        return f"the {direction} of weight_hh ({self.gates * self.H}, {self.H}), {self.element} bytes each"
+
+
+class Plan(NamedTuple):
+    units: int
+    rows: int  # a multiple of COLUMN_TILE
+    slices: int
+    groups: int
+    shared: int  # bytes of a block
+    workspace: int  # bytes of global memory: what is exchanged, twice, and the groups' counters
+
+    @property
+    def blocks(self) -> int:
+        return self.slices * self.groups
+
+    def passes(self, B: int) -> int:
+        return ceil_div(B, self.groups * self.rows)
+
+
+def ceil_div(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def shared_bytes(problem: Problem, units: int, rows: int) -> int:
+    """As Layout of csrc/cuda/gated_product.cuh has it: weights, parts of sums, stages, states, biases, lengths."""
+    weight_rows = ceil_div(problem.weight_rows(units), ROW_TILE) * ROW_TILE
+    weights = weight_rows * problem.segments * SEGMENT
+    parts = WARPS * min(rows, BATCH) * (weight_rows + 4) * 4
+    stages = WARPS * BATCH * SEGMENT if problem.exact else 0
+    biases = 0 if problem.backward else ceil_div(problem.gates * units, 4) * 16
+    return weights + parts + stages + problem.states * rows * units * 4 + biases + rows * 4
+
+
+def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
+    for row_tiles in range(1, ROW_TILES + 1):
+        most = row_tiles * ROW_TILE // problem.weight_rows(1)
+        slices = ceil_div(problem.H, most)
+        if slices > gpu.multiprocessors:
+            continue
+        units = ceil_div(problem.H, slices)
+        slices = ceil_div(problem.H, units)
+        for rows in range(COLUMN_TILE, min(ROWS, ceil_div(B, COLUMN_TILE) * COLUMN_TILE) + 1, COLUMN_TILE):
+            shared = shared_bytes(problem, units, rows)
+            if shared > gpu.shared:
+                break
+            groups = min(gpu.multiprocessors // slices, ceil_div(B, rows))
+            workspace = 2 * groups * rows * problem.segments * SEGMENT + groups * COUNTER
+            yield Plan(units, rows, slices, groups, shared, workspace)
+
+
+def step_cycles(problem: Problem, plan: Plan) -> float:
+    """About what a step takes: an estimate by the hardware's rates, as nothing has run on a GPU."""
+    row_tiles = ceil_div(problem.weight_rows(plan.units), ROW_TILE)
+    chunks, column_tiles = ceil_div(plan.rows, BATCH), plan.rows // COLUMN_TILE
+    meeting = 2000 + 10 * plan.slices
+    states = plan.rows * problem.segments * SEGMENT / 40  # bytes a cycle from the second-level cache
+    weights = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT / 128
+    products = row_tiles * column_tiles * problem.segments * (16 if problem.exact else 4)
+    cells = chunks * (200 + 300 * ceil_div(min(plan.rows, BATCH) * plan.units, THREADS))
+    return meeting + states + max(weights, products) + cells
+
+
+@functools.lru_cache(maxsize=4096)
+def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
+    """The plan with the least estimated time, or the reason why there is none: that does not depend on B."""
+    plans = list(candidates(problem, max(B, 1), gpu))
+    if plans:
+        return min(plans, key=lambda plan: (plan.passes(B) * step_cycles(problem, plan), plan.blocks))
+    return (
+        f"{problem}, does not fit in the shared memory of {gpu.multiprocessors} multiprocessors,"
+        f" {gpu.shared} bytes each, {ROW_TILE * ROW_TILES} rows of weights at most"
+    )
+
+
+def refusal(gates: int, H: int, element: int, exact: bool, gpu: Gpu) -> str | None:
+    if gpu.capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, gpu.capability))}"
+    if H == 0:
+        return None  # nothing is launched
+    for backward in (False, True):
+        plan = launch_plan(Problem(gates, H, element, exact, backward), 1, gpu)
+        if isinstance(plan, str):
+            return plan
+    return None
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 2**10)
+    return Gpu(properties.multi_processor_count, shared, (properties.major, properties.minor))

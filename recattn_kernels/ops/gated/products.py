@@ -1,0 +1,38 @@
+"""The factors of dL/dweight_hh, which on a GPU is one product over all steps at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recattn_kernels.ops.gated.contract import Call
+
+
+def q_gradient(call: Call, dx: Tensor) -> Tensor:
+    """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can."""
+    same = call.cell != "gru" and dx.dtype == call.weight_hh.dtype
+    return dx if same else dx.new_empty(dx.shape, dtype=call.weight_hh.dtype)
+
+
+def states_before(call: Call) -> Tensor:
+    """h[t-1] of every step, as output; 0 where the state was reset and where a row takes no step."""
+    T, B, H = call.sizes
+    output, dtype = call.x, call.weight_hh.dtype
+    initial = output.new_zeros((B, H), dtype=dtype) if call.h0 is None else call.h0.to(dtype)
+    before = output.new_empty((*output.shape[:2], H), dtype=dtype)
+    if T == 0:
+        return before
+    first, rest, earlier = (T - 1, 0, 1) if call.reverse else (0, 1, 0)
+    before.narrow(call.time, rest, T - 1).copy_(output.narrow(call.time, earlier, T - 1))
+    before.select(call.time, first).copy_(initial)
+    if call.lengths is not None:
+        lengths = call.lengths.clamp(0, T)
+        t = torch.arange(T, device=output.device)[:, None].expand(T, B)
+        if call.batch_first:
+            t, lengths = t.t(), lengths[:, None]
+        if call.reverse:
+            before = torch.where((t == lengths - 1).unsqueeze(-1), initial.unsqueeze(call.time), before)
+        before = torch.where((t < lengths).unsqueeze(-1), before, 0.0)
+    if call.reset is not None:
+        before = before.masked_fill(call.reset.unsqueeze(-1), 0.0)
+    return before

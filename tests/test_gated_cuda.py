@@ -1,0 +1,155 @@
+"""The CUDA kernels of rnn, lstm and gru on a CPU: csrc/tests/emulation runs the sources as they are, every thread of
+every block, in a random order. What a GPU does to them beyond that the tests marked cuda see."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_conformance import judge
+
+from recattn_kernels import backends, conformance, registry
+from recattn_kernels.ops import samples as random_tensors
+from recattn_kernels.ops.gated import contract, cuda, launch_plan
+from recattn_kernels.ops.gated.spec import Samples
+from recattn_kernels.spec import Sample
+
+CSRC = Path(__file__).parents[1] / "csrc"
+OPS = ("rnn", "lstm", "gru")
+# The others differ from these in what happens before a kernel is launched.
+SAMPLES = (
+    "plain", "wide", "one_element", "many_rows", "everything", "everything_reverse", "everything_batch_first",
+    "no_steps", "no_rows", "no_units", "nan", "nan_past_the_end", "relu_everything_reverse",
+)  # fmt: skip
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+GPU = launch_plan.Gpu(multiprocessors=9, shared=100_000)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    compiler = shutil.which("g++")
+    if sys.platform != "linux" or compiler is None or importlib.util.find_spec("pybind11") is None:
+        pytest.skip("the emulation is compiled by g++ on Linux, with pybind11")
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("emulation")
+    includes = (CSRC / "tests/emulation", CSRC, sysconfig.get_path("include"), pybind11.get_include())
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    flags += [f"-I{path}" for path in includes]
+    sources = (CSRC / "cuda/gated_forward.cu", CSRC / "cuda/gated_backward.cu", CSRC / "tests/emulation/module.cpp")
+    running = [
+        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
+        for source in sources
+    ]
+    assert [process.wait() for process in running] == [0] * len(sources)
+    library = folder / "_cuda.so"
+    subprocess.run([compiler, "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend cuda takes CPU tensors."""
+    refusal = backends.machine_refusal
+    monkeypatch.setattr(backends, "machine_refusal", lambda name, on: None if name == "cuda" else refusal(name, on))
+    monkeypatch.setattr(cuda, "_cuda", lambda: emulated)
+    monkeypatch.setattr(cuda, "_device", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU)
+
+
+def samples(op: str, names: tuple[str, ...] = SAMPLES) -> list[Sample]:
+    return [sample for sample in registry.find(op).samples if sample.name in names]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_conforms(op: str) -> None:
+    spec = registry.find(op)
+    for sample in samples(op):
+        judge(conformance.compare(spec, sample, "cuda", torch.float32))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_sixteen_bit(op: str, dtype: torch.dtype) -> None:
+    spec = registry.find(op)
+    (everything,) = samples(op, ("everything",))
+    judge(conformance.compare(spec, everything, "cuda", dtype))
+    judge(conformance.compare(spec, everything, "cuda", dtype, mixed=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows to a block and many, many units and few, as another GPU or batch would have them."""
+    choose = random.Random(0)
+
+    def launch(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return choose.choice(list(launch_plan.candidates(problem, B, gpu)))
+
+    monkeypatch.setattr(launch_plan, "launch_plan", launch)
+    spec = registry.find(op)
+    for sample in samples(op, ("many_rows", "everything")):
+        for dtype in (torch.float32, torch.bfloat16):
+            judge(conformance.compare(spec, sample, "cuda", dtype))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is taken in passes."""
+    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU._replace(multiprocessors=2))
+    monkeypatch.setattr(launch_plan, "ROWS", 16)
+    launch_plan.launch_plan.cache_clear()
+    spec = registry.find(op)
+    (sample,) = samples(op, ("many_rows",))
+    gates = {"rnn": 1, "lstm": 4, "gru": 3}[op]
+    plan = launch_plan.launch_plan(launch_plan.Problem(gates, 3, 4, True, True), 70, GPU._replace(multiprocessors=2))
+    assert isinstance(plan, launch_plan.Plan) and plan.passes(70) > 2
+    try:
+        judge(conformance.compare(spec, sample, "cuda", torch.float32))
+    finally:
+        launch_plan.launch_plan.cache_clear()
+
+
+def test_every_warp_multiplies_more_than_it_reads_ahead() -> None:
+    sample = Samples(1).sample("wider", 3, 2, 270, state=True, bias_hh=random_tensors.bias)
+    judge(conformance.compare(registry.find("rnn"), sample, "cuda", torch.float32))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch allows it float32 loses digits, as many as TF32 has fewer and no more."""
+    monkeypatch.setattr(contract, "allows_tf32", lambda: True)
+    (sample,) = samples(op, ("everything",))
+    findings = conformance.compare(registry.find(op), sample, "cuda", torch.float32)
+    fewer = 2.0 ** (23 - 10)
+    worst = max(finding.ratio for finding in findings)
+    assert 1 < worst < fewer
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(*shape: int, **options: Any) -> str | None:
+        x, weight_hh = torch.zeros(*shape), torch.zeros(shape[-1], shape[-1] // 3)
+        return backends.explain("gru", x, weight_hh, **options)["cuda"]
+
+    assert reason(2, 3, 15) is None
+    assert "normalisation" in str(reason(2, 3, 15, layer_norm=(torch.ones(15), torch.ones(15))))
+    assert "reset_after" in str(reason(2, 3, 15, reset_after=False))
+    assert "multiprocessors" in str(reason(1, 1, 3 * 1024))
+    with pytest.raises(backends.BackendUnavailableError, match=r"gru: backend 'cuda' .*multiprocessors"):
+        registry.find("gru").function(torch.zeros(1, 1, 3072), torch.zeros(3072, 1024), backend="cuda")
+    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU._replace(capability=(7, 5)))
+    assert "capability" in str(reason(2, 3, 15))
