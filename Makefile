@@ -123,6 +123,6 @@ gpu-bench:
 
 clean:
 	rm -rf build dist *.egg-info recattn_kernels/*.so recattn_kernels/_build_info.py $(VENV)/build.stamp
-	rm -rf adding-results mnist-results char-lm-results captioning-results .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf adding-results mnist-results char-lm-results slot-discovery-results slot-set-results .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf adding-results mnist-results char-lm-results captioning-results slot-discovery-results slot-set-results
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

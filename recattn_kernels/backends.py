@@ -136,6 +136,13 @@ def interpreting() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
+def allows_tf32() -> bool:
+    """Whether torch multiplies float32 matrices on a GPU as TF32."""
+    matmul = torch.backends.cuda.matmul
+    # allow_tf32 raises where the newer setting has been used.
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
 @functools.cache
 def _plain_keys(device_type: str) -> Any:
     return torch._C._dispatch_keys(torch.empty(0, device=device_type))

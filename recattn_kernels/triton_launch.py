@@ -58,13 +58,6 @@ def guard(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def allows_tf32() -> bool:
-    """Whether torch's own products of float32 may be rounded to TF32."""
-    matmul = torch.backends.cuda.matmul
-    # allow_tf32 raises where the newer setting has been used.
-    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
-
-
 def strided(name: str, x: Tensor | None, time: int) -> dict[str, Any]:
     """The arguments of a kernel that are a sequence: its pointer and its strides over time and the batch."""
     if x is None:

@@ -320,12 +320,15 @@ def test_captioning_search_and_score() -> None:
     assert perfect == {**{f"bleu_{n}": pytest.approx(1.0) for n in range(1, 5)}, "right": 1.0}
     caption[0] = example.Caption(example.encode(["a a a a a a"])[0, 1:].tolist(), None)
     assert example.measure(caption, scenes)["bleu_4"] < perfect["bleu_4"]
+
+
 SLOT_PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy")
 
 
 @pytest.fixture
 def slot_examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     for package in SLOT_PACKAGES:
+        pytest.importorskip(package)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))  # they import each other
     names = ("slot_scenes", "slot_discovery", "slot_set_prediction")
     return {name: importlib.import_module(name) for name in names}
@@ -370,6 +373,7 @@ def test_slot_discovery_measures_the_adjusted_rand_index(slot_examples: dict[str
     objects = torch.tensor([[[0, 1, 1, 1], [2, 2, 0, 2]]])
     same, one, split = (
         torch.tensor([[slots]]) for slots in ([[3, 2, 2, 2], [0, 0, 1, 0]], [[1] * 4] * 2, [[0, 1, 1, 2], [3, 3, 3, 3]])
+    )
     assert ari(objects, same.flatten(0, 1), 4).tolist() == [1.0]
     assert ari(objects, one.flatten(0, 1), 4).tolist() == [0.0]
     # Of 6 pixels, 15 pairs: 1 + 3 are together in both, 3 + 3 among the objects, 1 + 3 in the slots.
@@ -399,6 +403,7 @@ def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples
     printed = run(*settings, *size, "--steps", "4")
     assert "foreground ARI" in printed
     written = json.loads((out / "curve.json").read_text())
+    assert [point["step"] for point in written["curve"]] == [2, 4]
     assert all(-1 <= p["ari"] <= 1 and p["train_mse"] > 0 and p["test_mse"] > 0 for p in written["curve"])
     for name in ("curve.png", "slots.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -427,6 +432,7 @@ def test_slot_set_prediction(tmp_path: Path, slot_examples: dict[str, ModuleType
     size = ("--batch", "2", "--dim", "8", "--channels", "4", "--evaluate-every", "2", "--device", "cpu")
     run("--scenes", "sprites", *size, "--steps", "4")
     written = json.loads((out / "curve.json").read_text())
+    assert [point["step"] for point in written["curve"]] == [2, 4]
     for point in written["curve"]:
         precisions = [point[name] for name in example.THRESHOLDS]
         assert precisions == sorted(precisions, reverse=True) and min(precisions) >= 0 and max(precisions) <= 1

@@ -20,7 +20,7 @@ from test_conformance import judge
 
 from recattn_kernels import backends, conformance, registry
 from recattn_kernels.ops import samples as random_tensors
-from recattn_kernels.ops.gated import contract, cuda, launch_plan
+from recattn_kernels.ops.gated import cuda, launch_plan
 from recattn_kernels.ops.gated.spec import Samples
 from recattn_kernels.spec import Sample
 
@@ -132,7 +132,7 @@ def test_every_warp_multiplies_more_than_it_reads_ahead() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch allows it float32 loses digits, as many as TF32 has fewer and no more."""
-    monkeypatch.setattr(contract, "allows_tf32", lambda: True)
+    monkeypatch.setattr(backends, "allows_tf32", lambda: True)
     (sample,) = samples(op, ("everything",))
     findings = conformance.compare(registry.find(op), sample, "cuda", torch.float32)
     fewer = 2.0 ** (23 - 10)

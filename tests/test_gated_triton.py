@@ -9,7 +9,7 @@ import test_aot
 import torch
 from test_conformance import judge
 
-from recattn_kernels import conformance, registry
+from recattn_kernels import backends, conformance, registry
 
 OPS = ("rnn", "lstm", "gru")
 SAMPLES = (
@@ -59,10 +59,10 @@ def test_refusals() -> None:
 def test_float32_is_multiplied_exactly_unless_torch_allows_less(hidden: int, monkeypatch: Any) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from recattn_kernels.ops.gated import triton, triton_aot
+    from recattn_kernels.ops.gated import triton_aot
 
     def tf32(allowed: bool) -> list[bool]:
-        monkeypatch.setattr(triton, "allows_tf32", lambda: allowed)
+        monkeypatch.setattr(backends, "allows_tf32", lambda: allowed)
         shape = triton_aot.Shape(torch.float32, torch.float32, hidden, "biased")
         launches = triton_aot.example("gru", shape, triton_aot.machine(32))
         return ["tf32" in launch.compile(GPUTarget("cuda", 80, 32)).asm["ptx"] for launch in launches]

@@ -188,13 +188,6 @@ def backward(op: str, *args: Any) -> tuple[Tensor, ...]:
     return tuple(backends.load(op, backend).backward(grads, call, kept))
 
 
-def allows_tf32() -> bool:
-    """Whether torch multiplies float32 matrices on a GPU as TF32."""
-    matmul = torch.backends.cuda.matmul
-    # allow_tf32 raises where the newer setting has been used.
-    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
-
-
 def cpp_refusal(call: Call) -> str | None:
     """The CPU kernels take every call."""
     return None
@@ -224,4 +217,4 @@ def cuda_refusal(call: Call) -> str | None:
 
 def multiplies_exactly(weight_hh: torch.dtype) -> bool:
     """Whether the products with weights of this type are float32 in full."""
-    return weight_hh == torch.float32 and not allows_tf32()
+    return weight_hh == torch.float32 and not backends.allows_tf32()

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from recattn_kernels import backends
 from recattn_kernels.ops.gated.contract import (
     KEPT,
     Call,
     Kept,
-    allows_tf32,
     empty_backward,
     empty_forward,
     reads_output,
@@ -26,7 +26,7 @@ from recattn_kernels.ops.gated.products import q_gradient, states_before
 from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
 from recattn_kernels.ops.gated.triton_step_kernels import backward_step_kernel, forward_step_kernel
 from recattn_kernels.strides import contiguous, contiguous_rows
-from recattn_kernels.triton_launch import Launch, Machine, allows_tf32, guard, machine, strided
+from recattn_kernels.triton_launch import Launch, Machine, guard, machine, strided
 
 
 class Config(NamedTuple):
@@ -53,7 +53,7 @@ def precision(weight_hh: Tensor) -> str:
     """How float32 is multiplied: exactly, unless torch's own products are allowed TF32."""
     if weight_hh.device.type == "cpu":
         return "interpreted"
-    return "tf32" if weight_hh.dtype == torch.float32 and allows_tf32() else "ieee"
+    return "tf32" if weight_hh.dtype == torch.float32 and backends.allows_tf32() else "ieee"
 
 
 def sequence_config(call: Call) -> Config:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recattn_kernels import backends
 from recattn_kernels.ops.slot_attention.contract import empty_forward, sizes_of
 from recattn_kernels.ops.slot_attention.reference import scale_of
 from recattn_kernels.ops.slot_attention.triton_kernels import (
@@ -25,7 +26,6 @@ from recattn_kernels.triton_launch import (
     SameCompilation,
     Variant,
     Variants,
-    allows_tf32,
     guard,
     machine,
 )
@@ -76,7 +76,7 @@ def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Mach
     kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
     half = narrow and k.dtype == torch.float16
     score = k.dtype if narrow else torch.float32
-    tf32 = half or (k.dtype == torch.float32 and allows_tf32())
+    tf32 = half or (k.dtype == torch.float32 and backends.allows_tf32())
     arguments = {
         "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "slot_mask_ptr": _bytes(slot_mask),
         "input_mask_ptr": _bytes(input_mask), "scale": scale_of(q, scale), "eps": eps, "H": H, "K": K, "N": N, "D": D,
