@@ -34,9 +34,9 @@ __device__ inline unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
-// sum (16 x 8) += A (16 x K) B (K x 8) by a warp, K being 32 bytes. With row = lane / 4 and column = lane % 4 a lane has
-// of A the words (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4), of B's columns the words
-// (row, column), (row, column + 4), and of the sum (row, 2 column), (row, 2 column + 1), and the same of row + 8.
+// sum (16 x 8) += A (16 x K) B (K x 8) by a warp, K being 32 bytes. With row = lane / 4 and column = lane % 4 a lane
+// has of A the words (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4), of B's columns the
+// words (row, column), (row, column + 4), and of the sum (row, 2 column), (row, 2 column + 1), and those of row + 8.
 // Architectures before sm_80 compile, for IndRNN's sake; the backend refuses them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define RECATTN_MMA(name, shape, type)                                                                          \
