@@ -56,6 +56,8 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
         block_d = min(widest, 256, (4096 if rows >= 64 else 8192) // rows)
         block_n = min(8192 // block_d, 32 if backward else 128, (512 if backward else 2048) // rows)
         num_warps = 4 if rows * block_d <= 1024 else 8
+        if group > 1:  # a product of each head is kept beside the sum
+            block_d, block_n, num_warps = min(block_d, 2048 // rows), 16, 8
     else:
         block_d = max(16, min(widest, 64, 1024 // rows))
         block_n, num_warps = 16, 8
@@ -172,7 +174,7 @@ def backward(
     none = saved[2].numel() == 0  # no slots: the inputs' gradients are all that is left, and zero
 
     def like(i: int) -> Tensor | None:
-        x = inputs[i]
+        x: Tensor | None = inputs[i]
         if x is None or not needs[i]:
             return None
         return x.new_zeros(x.shape) if none else x.new_empty(x.shape)
@@ -200,7 +202,8 @@ def example(
     q, k = empty(B, *heads, K, D), empty(B, *heads, N, D)
     v, bias = (empty(B, *heads, N, D), empty(B, *heads, K)) if full else (None, None)
     masks = (empty(B, K, dtype=torch.bool), empty(B, N, dtype=torch.bool)) if full else (None, None)
-    inputs, options = (q, k, v, bias, *masks), (None, 1e-8, False, full, full)
+    inputs: tuple[Any, ...] = (q, k, v, bias, *masks)
+    options: tuple[Any, ...] = (None, 1e-8, False, full, full)
     results = empty_forward(*inputs, *options)
     updates, attn, mean, den = results
     grads = (torch.empty_like(q), torch.empty_like(k), None if v is None else torch.empty_like(v), bias)
@@ -213,7 +216,7 @@ def example(
 def aot_variants(lanes: int, full: bool) -> Variants:
     """Launches that cover the kernels: the shapes of the workloads, the widest, and every option."""
     some = ((torch.bfloat16, 7, 64, False), (torch.float16, 10, 512, True))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in ((7, 64), (24, 256), (64, 512)) for f in (False, True))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in ((7, 64), (16, 256), (128, 512)) for f in (False, K <= 16))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name = "-".join(filter(None, words))
