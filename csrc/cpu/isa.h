@@ -14,7 +14,7 @@ namespace isa {
 int current();
 }  // namespace isa
 
-// RECATTN_DECLARE(name, P): void name(const P&), in each namespace. RECATTN_RUN(name, p): the copy for this machine.
+// RECATTN_DECLARE(name, P): void name(const P&), in each namespace. RECATTN_RUN(name, p): the chosen copy of it.
 #ifdef __x86_64__
 #define RECATTN_DECLARE(name, P)          \
   namespace isa_base { void name(const P&); } \
@@ -26,10 +26,10 @@ int current();
   namespace isa_base { void name(const P&); }
 #define RECATTN_COPIES(name) {isa_base::name}
 #endif
-#define RECATTN_RUN(name, p)                                                   \
+#define RECATTN_RUN(name, ...)                                                 \
   do {                                                                         \
     static constexpr decltype(&isa_base::name) copies[] = RECATTN_COPIES(name); \
-    copies[isa::current()](p);                                                 \
+    copies[isa::current()](__VA_ARGS__);                                       \
   } while (false)
 
 }  // namespace recattn

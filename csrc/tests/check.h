@@ -6,30 +6,25 @@
 #include <cstdio>
 #include <vector>
 
-#include "../cpu/additive.h"
 #include "../cpu/kernels.h"
 
 namespace recattn {
 
+// take() makes it the one that RECATTN_RUN runs.
 struct Isa {
   const char* name;
   bool supported;
   const char* needs;
   int (*test_cells)();
-  void (*indrnn_forward)(const IndrnnForward&);
-  void (*indrnn_backward)(const IndrnnBackward&);
-  void (*gemm)(const Gemm&);
-  void (*column_sum)(const ColumnSum&);
-  void (*gated_forward)(const GatedForward&);
-  void (*gated_backward)(const GatedBackward&);
-  void (*additive_forward)(const AdditiveForward&);
-  void (*additive_backward)(const AdditiveBackward&);
+  int place;  // in RECATTN_COPIES
+  void take() const;
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
 int test_gemm(const std::vector<Isa>& isas);
 int test_gated(const std::vector<Isa>& isas);
 int test_additive(const std::vector<Isa>& isas);
+int test_slot_attention(const std::vector<Isa>& isas);
 
 namespace {
 

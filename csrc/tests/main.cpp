@@ -3,37 +3,32 @@
 #include "check.h"
 
 namespace recattn {
-#define RECATTN_DECLARE(isa) \
-  namespace isa {            \
-  int test_cells();          \
-  }
-RECATTN_DECLARE(isa_base)
+namespace isa_base { int test_cells(); }
 #ifdef __x86_64__
-RECATTN_DECLARE(isa_v3)
-RECATTN_DECLARE(isa_v4)
+namespace isa_v3 { int test_cells(); }
+namespace isa_v4 { int test_cells(); }
 #endif
-#undef RECATTN_DECLARE
+
+namespace {
+int taken = 0;
+}
+int isa::current() { return taken; }
+void Isa::take() const { taken = place; }
 }  // namespace recattn
 
 using namespace recattn;
 
 int main() {
   // The conditions are those of csrc/cpu/bindings.cpp.
-#define RECATTN_ISA_ROW(ns, supported, needs)                                                                          \
-  {#ns,      bool(supported), needs,          ns::test_cells, ns::indrnn_forward, ns::indrnn_backward, \
-   ns::gemm, ns::column_sum,  ns::gated_forward, ns::gated_backward, \
-   ns::additive_forward, ns::additive_backward}
   const Isa table[] = {
-      RECATTN_ISA_ROW(isa_base, true, ""),
+      {"isa_base", true, "", isa_base::test_cells, 0},
 #ifdef __x86_64__
-      RECATTN_ISA_ROW(isa_v3,
-                      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
-                      "AVX2, FMA and BMI2"),
-      RECATTN_ISA_ROW(isa_v4,
-                      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl"),
-                      "AVX-512 F, BW, CD, DQ and VL"),
+      {"isa_v3", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+       "AVX2, FMA and BMI2", isa_v3::test_cells, 1},
+      {"isa_v4",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       "AVX-512 F, BW, CD, DQ and VL", isa_v4::test_cells, 2},
 #endif
   };
   std::vector<Isa> isas;
@@ -52,5 +47,6 @@ int main() {
   failed += test_gemm(isas);
   failed += test_gated(isas);
   failed += test_additive(isas);
+  failed += test_slot_attention(isas);
   return failed != 0;
 }

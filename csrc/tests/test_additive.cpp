@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 
+#include "../cpu/additive.h"
 #include "check.h"
 
 namespace recattn {
@@ -120,11 +121,13 @@ void check_case(const std::vector<Isa>& isas, int64_t B, int64_t N, int64_t A, i
       AdditiveForward forward{};
       static_cast<Additive&>(forward) = p;
       forward.softmax = r.softmax.data(), forward.context = r.context.data();
-      isa.additive_forward(forward);
+      isa.take();
+      RECATTN_RUN(additive_forward, forward);
       p.softmax = r.softmax.data(), p.scores = r.scores.data(), p.sums = r.sums.data();
       p.grad_query = r.query.data(), p.grad_keys = r.keys.data(), p.grad_weight = r.weight.data();
       p.grad_values = r.values.data();
-      isa.additive_backward(p);
+      isa.take();
+      RECATTN_RUN(additive_backward, p);
       const double bound = sizeof(T) == 8 ? 1e-12 : 3e-5;
       check(r.softmax, a, bound, "softmax", isa.name, p);
       check(r.context, context, bound, "context", isa.name, p);

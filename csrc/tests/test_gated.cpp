@@ -248,7 +248,8 @@ class GatedTest {
         p.normed = normed.data();
         p.rstd = rstd.data();
       }
-      isa.gated_forward(p);
+      isa.take();
+      RECATTN_RUN(gated_forward, p);
       check("output", output, reference.output);
       check("h_n", h_n, reference.h_n);
       if (c.cell == Cell::lstm) check("c_n", c_n, reference.c_n);
@@ -296,7 +297,8 @@ class GatedTest {
       p.grad_ln_c_weight = wanted(grad_ln_c_weight);
       p.grad_ln_c_bias = wanted(grad_ln_c_bias);
     }
-    isa.gated_backward(p);
+    isa.take();
+    RECATTN_RUN(gated_backward, p);
     check("grad_x", dx, want.x);
     if (p.grad_h0) check("grad_h0", grad_h0, want.h0);
     if (p.grad_c0) check("grad_c0", grad_c0, want.c0);

@@ -83,7 +83,8 @@ class Test {
   void run(const Isa& isa, int threads, F check) {
     Operand<T> out(c.M, c.N, Layout::rows, c.padding);
     const Dtype dtype = sizeof(T) == 4 ? Dtype::float32 : Dtype::float64;
-    isa.gemm({c.M, c.N, c.K, dtype, a.memory.data(), a.row, a.col, b.memory.data(), b.row, b.col, out.memory.data(),
+    isa.take();
+    RECATTN_RUN(gemm, {c.M, c.N, c.K, dtype, a.memory.data(), a.row, a.col, b.memory.data(), b.row, b.col, out.memory.data(),
               out.row, c.bias ? bias.data() : nullptr, threads});
     for (int64_t i = 0; i < c.M; ++i) {
       for (int64_t j = 0; j < c.N; ++j) check(i, j, out.at(i, j));
@@ -149,7 +150,8 @@ void check_column_sum(const std::vector<Isa>& isas, int64_t M, int64_t N, Random
   for (const Isa& isa : isas) {
     for (int threads = 1; threads <= 3; ++threads) {
       std::vector<T> out(N, T(-1));
-      isa.column_sum({M, N, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, a.memory.data(), a.row, out.data(), threads});
+      isa.take();
+      RECATTN_RUN(column_sum, {M, N, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, a.memory.data(), a.row, out.data(), threads});
       for (int64_t j = 0; j < N; ++j) {
         long double sum = 0;
         for (int64_t i = 0; i < M; ++i) sum += a.at(i, j);

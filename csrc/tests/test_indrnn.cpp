@@ -325,7 +325,8 @@ class Test {
     for_columns([&](int64_t b, int64_t h) {
       for (int64_t t = 0; t < c.T; ++t) output.at(t, b, h) = canary<S>();
     });
-    isa.indrnn_forward(p);
+    isa.take();
+    RECATTN_RUN(indrnn_forward, p);
     check_rows(isa, "output", output);
     check_vector(isa, "h_n", h_n, exact_state);
   }
@@ -344,7 +345,8 @@ class Test {
     p.grad_weight_hh = du.data;
     p.grad_bias = db.data;
     p.grad_clip = c.limit();
-    isa.indrnn_backward(p);
+    isa.take();
+    RECATTN_RUN(indrnn_backward, p);
     check_rows(isa, "grad_x", dx);
     check_vector(isa, "grad_h0", dh0, exact_state);
     check_vector(isa, "grad_weight_hh", du, exact_du);

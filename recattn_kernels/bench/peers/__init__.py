@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recattn_kernels import backends
-from recattn_kernels.bench.peers import additive_attention, gated, glimpse, indrnn
+from recattn_kernels.bench.peers import additive_attention, gated, glimpse, indrnn, slot_attention
 from recattn_kernels.bench.peers.case import Case, Impl, reference_of
 
 __all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
@@ -31,6 +31,10 @@ NOTES = {
     "zoneout:": "with zoneout, as in evaluation",
     "broadcast": "eager PyTorch as captioning code has it: (softmax(e).unsqueeze(2) * values).sum(1)",
     "step:": "a word through a decoder of width 512: attention, gate, LSTM; keys projected beforehand, or every time",
+    "einsum": "slot attention as models are written, softmax over the last dimension",
+    "compile einsum": "torch.compile of that",
+    "flash + lse": "scaled_dot_product_attention over the inputs; one channel more of the keys: -logsumexp over slots",
+    "FlexAttention": "the same, the logsumexp in score_mod",
 }
 
 # op -> its peers, given the case and the op's reference
@@ -41,6 +45,7 @@ PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
     "gru": functools.partial(gated.peers, layer="GRU"),
     "glimpse": glimpse.peers,
     "additive_attention": additive_attention.peers,
+    "slot_attention": slot_attention.peers,
 }
 
 
