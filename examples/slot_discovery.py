@@ -64,7 +64,7 @@ class Options:
 
 # What the paper trains with, on both kinds of scenes, and what does on a CPU.
 PAPER: dict[str, Any] = {"batch": 64, "steps": 500_000, "lr": 4e-4, "warm_up": 10_000, "halving": 100_000}
-CPU: dict[str, Any] = {"batch": 16, "steps": 20_000, "lr": 1e-3, "warm_up": 500, "halving": 10_000}
+CPU: dict[str, Any] = {"batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500, "halving": 4_000}
 
 
 class SoftPosition(nn.Module):
@@ -243,6 +243,7 @@ def train(
             loss = F.mse_loss(network(image, generator).image, image)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
             step += 1

@@ -17,6 +17,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_normalise(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
 void bind_slot_attention(pybind11::module_& m);
 
