@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recattn_kernels import backends
-from recattn_kernels.bench.peers import gated, indrnn
+from recattn_kernels.bench.peers import gated, indrnn, slot_attention
 from recattn_kernels.bench.peers.case import Case, Impl, reference_of
 
 __all__ = ["NOTES", "PEERS", "Case", "Impl", "build", "label"]
@@ -25,6 +25,10 @@ NOTES = {
     "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
     "zoneout:": "with zoneout, as in evaluation",
+    "einsum": "slot attention as models are written, softmax over the last dimension",
+    "compile:einsum": "torch.compile of that",
+    "flash + lse": "scaled_dot_product_attention over the inputs; one channel more of the keys: -logsumexp over slots",
+    "FlexAttention": "the same, the logsumexp in score_mod",
 }
 
 # op -> its peers, given the case and the op's reference
@@ -33,6 +37,7 @@ PEERS: dict[str, Callable[[Case, Callable[..., Any]], list[Impl]]] = {
     "rnn": functools.partial(gated.peers, layer="RNN"),
     "lstm": functools.partial(gated.peers, layer="LSTM"),
     "gru": functools.partial(gated.peers, layer="GRU"),
+    "slot_attention": slot_attention.peers,
 }
 
 

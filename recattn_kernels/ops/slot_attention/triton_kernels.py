@@ -75,21 +75,23 @@ def attention(
     GROUP: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A of a block (ROWS, BLOCK_N), and the last tile of keys that was read. q: its only chunk, where there is one."""
+    """A of a block (ROWS, BLOCK_N), and the first tile of its keys. q: their first chunk."""
     scores = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    for h in tl.static_range(GROUP):
-        for c in tl.static_range(CHUNKS):
-            keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, c, BLOCK_D)
-            queries = q
-            if CHUNKS > 1:
+    first = load_rows(k_ptr, n, k_stride_n, keep, D, 0, BLOCK_D)
+    if GROUP * CHUNKS == 1:
+        scores = product(q, tl.trans(first), scores, TYPE, PRECISION)
+    else:
+        for h in range(GROUP):
+            for c in range(CHUNKS):
+                keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, c, BLOCK_D)
                 queries = load_rows(q_ptr, row, D, valid, D, c, BLOCK_D)
-            scores = product_of_head(queries, tl.trans(keys), scores, head, h, GROUP, TYPE, PRECISION)
+                scores = product_of_head(queries, tl.trans(keys), scores, head, h, GROUP, TYPE, PRECISION)
     scores = tl.where(valid[:, None], scores * scale + bias[:, None], -float("inf"))
     most = tl.max(scores, 0)
     most = tl.where(tl.sum(valid.to(tl.int32), 0) > 0, most, 0.0)  # a sample without slots
     e = tl.exp(scores - most[None, :])
     attn = e / tl.sum(e, 0)[None, :]
-    return tl.where(valid[:, None] & keep[None, :], attn, 0.0), keys
+    return tl.where(valid[:, None] & keep[None, :], attn, 0.0), first
 
 
 @kernel
@@ -131,11 +133,11 @@ def forward_kernel(
             weights = tl.where(valid[:, None] & keep[None, :], attn + eps, 0.0)
         # The sum of the weights as the product has them: what rounding does to them cancels.
         den += tl.sum(weights.to(TYPE).to(tl.float32), 1)
-        for h in tl.static_range(GROUP):
+        for h in range(GROUP):
             values = keys
             if v_ptr is not None:
                 values = load_rows(v_ptr + h * v_stride_h, n, v_stride_n, keep, E, chunk, BLOCK_D)
-            elif GROUP > 1 or CHUNKS > 1:
+            elif GROUP * CHUNKS > 1:
                 values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, chunk, BLOCK_D)
             total = product_of_head(weights, values, total, head, h, GROUP, TYPE, PRECISION)
     total = tl.where(valid[:, None], total, 0.0)  # a weight of 0 makes NaN of infinity
@@ -203,13 +205,11 @@ def backward_kernel(
     if du_ptr is not None:
         den = tl.load(den_ptr + row, mask=valid, other=0.0)
         delta = tl.zeros((ROWS,), tl.float32)
-        for c in tl.static_range(CHUNKS):
+        for c in range(CHUNKS):
             g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
             updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
             delta += tl.sum(g.to(tl.float32) * updates, 1)
-        own_g = g
-        if CHUNKS > 1:
-            own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE)
+        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE)
     total, bias_total = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS,), tl.float32)
     blocks = tl.cdiv(N, BLOCK_N)
     for block in range(blocks * part // P, blocks * (part + 1) // P):
@@ -223,16 +223,16 @@ def backward_kernel(
         )  # fmt: skip
         grad = tl.zeros((ROWS, BLOCK_N), tl.float32)
         if du_ptr is not None:
-            for h in tl.static_range(GROUP):
-                for c in tl.static_range(CHUNKS):
-                    values = keys
+            for h in range(GROUP):
+                for c in range(CHUNKS):
+                    values, g_c = keys, own_g
                     if v_ptr is not None:
                         values = load_rows(v_ptr + h * v_stride_h, n, v_stride_n, keep, E, c, BLOCK_D)
-                    elif GROUP > 1 or CHUNKS > 1:
+                    elif GROUP * CHUNKS > 1:
                         values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
                     if CHUNKS > 1:
-                        g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
-                    grad = product_of_head(g, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
+                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
+                    grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
             grad -= delta[:, None]
         if dattn_ptr is not None:
             at = dattn_ptr + row[:, None] * N + n[None, :]
@@ -242,24 +242,25 @@ def backward_kernel(
         weights = attn
         if not DENOMINATOR:
             weights = tl.where(valid[:, None] & keep[None, :], attn + eps, 0.0)
-        for h in tl.static_range(GROUP):
+        for h in range(GROUP):
             if sums_ptr is not None:
-                if GROUP > 1 or CHUNKS > 1:
-                    keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, chunk, BLOCK_D)
-                total = product_of_head(ds, keys, total, head, h, GROUP, TYPE, PRECISION)
+                own_keys = keys
+                if GROUP * CHUNKS > 1:
+                    own_keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, chunk, BLOCK_D)
+                total = product_of_head(ds, own_keys, total, head, h, GROUP, TYPE, PRECISION)
             zero = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            at = n + (out_head + h) * N
+            out_row = n + (out_head + h) * N
             if dv_ptr is not None or (dk_ptr is not None and v_ptr is None):
                 dv = zero
                 if du_ptr is not None:
                     dv = product(tl.trans(of_head(weights, head, h, GROUP)), own_g, zero, TYPE, PRECISION)
                 if dv_ptr is not None:
-                    store_rows(dv_ptr, at, E, n < N, E, chunk, dv, BLOCK_D)
+                    store_rows(dv_ptr, out_row, E, n < N, E, chunk, dv, BLOCK_D)
             if dk_ptr is not None:
                 dk = product(tl.trans(of_head(ds, head, h, GROUP)), own_q, zero, TYPE, PRECISION) * scale
                 if v_ptr is None:
                     dk += dv
-                store_rows(dk_ptr, at, D, n < N, D, chunk, dk, BLOCK_D)
+                store_rows(dk_ptr, out_row, D, n < N, D, chunk, dk, BLOCK_D)
     out = (sample.to(tl.int64) * P + part) * GROUP * K + tl.arange(0, ROWS)
     if sums_ptr is not None:
         store_rows(sums_ptr, out, D, exists, D, chunk, total, BLOCK_D)
