@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recattn_kernels.bench.peers.case import Case, Impl, compiled
+from recattn_kernels.bench.peers.slot_attention_layer import layers
 
 
 def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
@@ -21,7 +22,7 @@ def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
     impls.append(case.impl("einsum", einsum, definition=definition))
     if case.compile:
         impls.append(case.impl("compile:einsum", compiled(einsum), definition=definition))
-    return [*impls, *_attention(case, definition)]
+    return [*impls, *_attention(case, definition), *layers(case)]
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
