@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../cpu/slot_attention.h"
 
 namespace recattn {
 
@@ -23,9 +24,16 @@ struct Isa {
   void (*gated_backward)(const GatedBackward&);
 };
 
+struct SlotAttentionKernels {
+  const char* name;
+  void (*forward)(const SlotAttentionForward&);
+  void (*backward)(const SlotAttentionBackward&);
+};
+
 int test_indrnn(const std::vector<Isa>& isas);
 int test_gemm(const std::vector<Isa>& isas);
 int test_gated(const std::vector<Isa>& isas);
+int test_slot_attention(const std::vector<SlotAttentionKernels>& kernels);
 
 namespace {
 

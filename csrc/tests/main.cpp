@@ -35,7 +35,15 @@ int main() {
                       "AVX-512 F, BW, CD, DQ and VL"),
 #endif
   };
+  const SlotAttentionKernels slot_attention[] = {
+      {"isa_base", isa_base::slot_attention_forward, isa_base::slot_attention_backward},
+#ifdef __x86_64__
+      {"isa_v3", isa_v3::slot_attention_forward, isa_v3::slot_attention_backward},
+      {"isa_v4", isa_v4::slot_attention_forward, isa_v4::slot_attention_backward},
+#endif
+  };
   std::vector<Isa> isas;
+  std::vector<SlotAttentionKernels> slot_attention_isas;
   int failed = 0;
   for (const Isa& isa : table) {
     if (!isa.supported) {
@@ -46,9 +54,11 @@ int main() {
     std::printf("%s: cells: %d failed checks\n", isa.name, wrong);
     failed += wrong;
     isas.push_back(isa);
+    slot_attention_isas.push_back(slot_attention[&isa - table]);
   }
   failed += test_indrnn(isas);
   failed += test_gemm(isas);
   failed += test_gated(isas);
+  failed += test_slot_attention(slot_attention_isas);
   return failed != 0;
 }

@@ -27,7 +27,7 @@ NOTES = {
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
     "zoneout:": "with zoneout, as in evaluation",
     "einsum": "slot attention as models are written, softmax over the last dimension",
-    "compile:einsum": "torch.compile of that",
+    "compile einsum": "torch.compile of that",
     "flash + lse": "scaled_dot_product_attention over the inputs; one channel more of the keys: -logsumexp over slots",
     "FlexAttention": "the same, the logsumexp in score_mod",
 }
