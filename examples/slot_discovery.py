@@ -53,6 +53,7 @@ class Options:
     dim: int
     channels: int
     iters: int
+    test_iters: int
     batch: int
     steps: int
     lr: float
@@ -172,8 +173,9 @@ def foreground_ari(objects: Tensor, slots: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(network: AutoEncoder, scenes: Scenes, device: str) -> dict[str, float]:
+def evaluate(network: AutoEncoder, scenes: Scenes, options: Options, device: str) -> dict[str, float]:
     network.eval()
+    network.slot_attention.iters = options.test_iters
     generator = torch.Generator(device).manual_seed(0)
     errors, scores = [], []
     for batch in scenes.batches(TEST_BATCH):
@@ -183,6 +185,7 @@ def evaluate(network: AutoEncoder, scenes: Scenes, device: str) -> dict[str, flo
         labels = max(found.masks.shape[1], KINDS[scenes.name].objects + 1)
         scores.append(foreground_ari(mask, found.masks.argmax(1), labels))
     network.train()
+    network.slot_attention.iters = options.iters
     return {"test_mse": float(torch.cat(errors).mean()), "ari": float(torch.cat(scores).mean())}
 
 
@@ -254,7 +257,7 @@ def train(
             elapsed = time.perf_counter() - started
             point = {
                 "step": step, "minutes": elapsed / 60, "cpu_seconds": time.process_time() - cpu_started,
-                "train_mse": sum(losses) / len(losses), **evaluate(network, test, device),
+                "train_mse": sum(losses) / len(losses), **evaluate(network, test, options, device),
             }  # fmt: skip
             losses.clear()
             curve.append(point)
@@ -279,6 +282,7 @@ def draw(network: AutoEncoder, options: Options, device: str, path: Path) -> Non
     """A few test scenes: the image, its mixture, the objects, the slots that own the pixels, and what each paints."""
     rows = 6
     batch = next(iter(Scenes(options.scenes, TEST_SEED + options.seed, rows).batches(rows)))
+    network.slot_attention.iters = options.test_iters
     found = network.eval()(batch["image"].to(device), torch.Generator(device).manual_seed(0))
     owner = found.masks.argmax(1)
     K = options.slots
@@ -330,7 +334,8 @@ def main(
     slots: Annotated[int | None, typer.Option(min=1, help="One more than there are objects, by default.")] = None,
     dim: Annotated[int, typer.Option(min=1, help="Of a slot.")] = 64,
     channels: Annotated[int, typer.Option(min=2, help="Of the convolutions.")] = 32,
-    iters: Annotated[int, typer.Option(min=1, help="Of slot attention.")] = 3,
+    iters: Annotated[int, typer.Option(min=1, help="Of slot attention, in training.")] = 3,
+    test_iters: Annotated[int, typer.Option(min=1, help="And in tests, where more of them part objects better.")] = 5,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     minutes: Annotated[float, typer.Option(min=0.001, help="Ends the training, if steps do not.")] = math.inf,
@@ -352,7 +357,7 @@ def main(
     training |= {k: v for k, v in {"batch": batch, "steps": steps, "lr": lr}.items() if v is not None}
     options = Options(
         scenes=scenes, paper=paper, slots=slots or KINDS[scenes].objects + 1, dim=dim, channels=channels, iters=iters,
-        evaluate_every=evaluate_every, seed=seed, **training,
+        test_iters=test_iters, evaluate_every=evaluate_every, seed=seed, **training,
     )  # fmt: skip
     checkpoint = resumed(context, out, {"steps"}) if resume else None
     if checkpoint is not None:

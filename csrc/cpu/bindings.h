@@ -18,6 +18,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_glimpse(pybind11::module_& m);
+void bind_normalise(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
 void bind_slot_attention(pybind11::module_& m);
 void bind_additive(pybind11::module_& m);

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels.layers.indrnn_cell import autocasts
+from recattn_kernels.layers.normalise import normalise
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.slot_attention.api import slot_attention
 
@@ -112,7 +112,7 @@ def _absorbed(
     options: dict[str, Any],
 ) -> Attention:
     heads, norm = layer.heads, layer.norm_inputs
-    x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    x = normalise(inputs, norm.eps)
     if autocasts(x) and x.dtype == torch.float32:  # layer_norm returns float32 there, which the projections would cast
         x = x.to(torch.get_autocast_dtype(x.device.type))
     (key, key_shift), (value, value_shift) = (_folded(m, norm) for m in (layer.project_k, layer.project_v))

@@ -21,7 +21,8 @@ NOTES = {
     "relu": "torch.relu(x): a pass that reads and writes as many bytes and computes next to nothing",
     "compile": "torch.compile of the reference, static shapes",
     "compile/": "torch.compile of N steps of the reference, called in a loop: compiling all takes minutes",
-    "layer:": "a whole layer of width H over an input of width H, its input projection included",
+    "layer:": "a whole layer of width H over an input of width H, its input projection included; of slot attention"
+    " three iterations, with its GRU and MLP",
     "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
     "gather": "the image padded, one gather of the widest windows at whole pixels, their centres average-pooled",

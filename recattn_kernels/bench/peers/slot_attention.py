@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recattn_kernels.bench.peers.case import Case, Impl, compiled
+from recattn_kernels.bench.peers.slot_attention_layer import layers
 
 
 def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
@@ -25,7 +26,7 @@ def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
     impls.append(case.impl("flash + lse", flash))
     if case.compile and case.device == "cuda":
         impls.append(case.impl("FlexAttention", flex))
-    return impls
+    return [*impls, *layers(case)]
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
