@@ -48,5 +48,6 @@ int main() {
   failed += test_gated(isas);
   failed += test_additive(isas);
   failed += test_slot_attention(isas);
+  failed += test_glimpse(isas);
   return failed != 0;
 }
