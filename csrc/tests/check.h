@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "../cpu/glimpse.h"
 #include "../cpu/kernels.h"
 
 namespace recattn {
@@ -21,11 +22,14 @@ struct Isa {
   void (*column_sum)(const ColumnSum&);
   void (*gated_forward)(const GatedForward&);
   void (*gated_backward)(const GatedBackward&);
+  void (*glimpse_forward)(const GlimpseForward&);
+  void (*glimpse_backward)(const GlimpseBackward&);
 };
 
 int test_indrnn(const std::vector<Isa>& isas);
 int test_gemm(const std::vector<Isa>& isas);
 int test_gated(const std::vector<Isa>& isas);
+int test_glimpse(const std::vector<Isa>& isas);
 
 namespace {
 

@@ -21,7 +21,8 @@ int main() {
   // The conditions are those of csrc/cpu/bindings.cpp.
 #define RECATTN_ISA_ROW(ns, supported, needs)                                                                          \
   {#ns,      bool(supported), needs,          ns::test_cells, ns::indrnn_forward, ns::indrnn_backward, \
-   ns::gemm, ns::column_sum,  ns::gated_forward, ns::gated_backward}
+   ns::gemm, ns::column_sum,  ns::gated_forward, ns::gated_backward, \
+   ns::glimpse_forward, ns::glimpse_backward}
   const Isa table[] = {
       RECATTN_ISA_ROW(isa_base, true, ""),
 #ifdef __x86_64__
@@ -50,5 +51,6 @@ int main() {
   failed += test_indrnn(isas);
   failed += test_gemm(isas);
   failed += test_gated(isas);
+  failed += test_glimpse(isas);
   return failed != 0;
 }

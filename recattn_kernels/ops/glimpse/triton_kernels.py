@@ -13,7 +13,6 @@ import triton.language as tl
 from recattn_kernels.triton_launch import kernel
 
 
-
 @triton.jit
 def place(loc_ptr, zoom_ptr, b, g, s, loc_stride_b, loc_stride_g, loc_stride_x, zoom_stride_b, zoom_stride_g, k, f):
     """x and y in loc's units, pixels a cell, and whether the glimpse is one."""
@@ -54,8 +53,9 @@ def ends(j, cells, centre, size, MODE: tl.constexpr):
 
 @triton.jit
 def taps(j, cells, pixels, centre, size, MODE: tl.constexpr, PADDING: tl.constexpr):
-    """The first and the last pixel that cells j see, which may lie outside, and where their boxes end; the weights of the
-    first pixel, the box's last, those between, all left and right of the image, and of every pixel besides."""
+    """The first pixel that cells j see, which may lie outside, the last of their boxes, and the last that is seen; the
+    weights of the first, of the box's last, of those between, of all left and right of the image, and of every pixel
+    besides."""
     a, b = ends(j, cells, centre, size, MODE)
     first = tl.floor(a)
     after = tl.floor(b) if MODE == "area" else first + 1.0
@@ -162,7 +162,9 @@ def forward_kernel(
     rows = taps(cell // N, M, H, centre_of(y, H, PADDING), size, MODE, PADDING)
     columns = taps(cell % N, N, W, centre_of(x, W, PADDING), size, MODE, PADDING)
     plane = image_ptr + b * image_stride_b + c * image_stride_c
-    out = box_mean(plane, image_stride_y, image_stride_x, H, W, rows, columns, cell < tl.where(valid, M * N, 0), PADDING, TAPS)
+    out = box_mean(
+        plane, image_stride_y, image_stride_x, H, W, rows, columns, cell < tl.where(valid, M * N, 0), PADDING, TAPS
+    )
     out = tl.where(valid, out, float("nan"))
     tl.store(out_ptr + (glimpse * C + c) * M * N + cell, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -267,6 +269,18 @@ def weights(j, p, cells, pixels, centre, size, MODE: tl.constexpr, PADDING: tl.c
     return tl.where(j < cells, w, 0.0).to(tl.float32)
 
 
+@triton.jit
+def over(first, pixels, centre, size, cells, reach):
+    """The range of cells that may lie over pixels from `first` on."""
+    start = centre - cells * 0.5 * size
+    low = tl.floor((first - reach - start) / size) - 1.0
+    high = tl.floor((first + pixels + reach - start) / size) + 2.0
+    return (
+        tl.minimum(tl.maximum(low, 0.0), cells * 1.0).to(tl.int32),
+        tl.minimum(tl.maximum(high, 0.0), cells * 1.0).to(tl.int32),
+    )
+
+
 @kernel
 def image_kernel(
     grad_out_ptr, loc_ptr, zoom_ptr, grad_image_ptr, B, C, H, W, G, S, M, N, k, f,
@@ -299,11 +313,8 @@ def image_kernel(
         i_first, i_last, j_first, j_last = 0, M, 0, N
         if PADDING == "zeros":
             # Cells that may lie over the tile; none where the window misses it.
-            y0, x0 = cy - M * 0.5 * size - reach, cx - N * 0.5 * wide_size - reach
-            i_first = tl.minimum(tl.maximum(tl.floor((top - y0) / size) - 1.0 - reach / size, 0.0), M * 1.0).to(tl.int32)
-            j_first = tl.minimum(tl.maximum(tl.floor((left - x0) / wide_size) - 1.0 - reach / wide_size, 0.0), N * 1.0).to(tl.int32)
-            i_last = tl.minimum(tl.maximum(tl.floor((top + PIXELS - y0) / size) + 2.0 + reach / size, 0.0), M * 1.0).to(tl.int32)
-            j_last = tl.minimum(tl.maximum(tl.floor((left + PIXELS - x0) / wide_size) + 2.0 + reach / wide_size, 0.0), N * 1.0).to(tl.int32)
+            i_first, i_last = over(top, PIXELS, cy, size, M, reach)
+            j_first, j_last = over(left, PIXELS, cx, wide_size, N, reach)
         if valid & (i_first < i_last) & (j_first < j_last):
             base = grad_out_ptr + (((b * G + g) * S + s) * C + c) * M * N
             for i0 in range(i_first, i_last, CELLS):
