@@ -3,10 +3,11 @@
 On a screen of 24x24 black and white pixels a ball of one pixel falls, and bounces off the sides; a paddle of two pixels
 at the bottom moves left, right or stays. The reward is 1 at the end if the ball is caught, else 0, and nothing before.
 The agent sees a retina of 6x6 cells at three scales: the whole screen in blocks of 4x4, and single pixels only where it
-looks. After every glimpse an LSTM of 256 decides how to move, and where to look next: nobody tells it what a ball is, or
-that following it pays. A paddle that does not move catches one ball in twelve.
+looks. After every glimpse an LSTM of 256 decides how to move, and where to look next: nobody tells it what a ball is,
+or that following it pays. A paddle that does not move catches one ball in twelve, the agent four of five after 2,000
+steps of training, and nine of ten after 2,500: that is five minutes on a core of its own.
 
-    python examples/catch.py                      trains, measures, and draws a game
+    python examples/catch.py                      trains for 3,500 steps, measures, and draws a game
     python examples/catch.py --resume --steps N   goes on where the last run, or its last checkpoint, ended
     python examples/catch.py --quick              the first few minutes of it
 
