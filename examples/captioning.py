@@ -18,6 +18,8 @@ the words, and for each it averages the vectors by additive attention (soft) or 
 Eight of the 48 combinations of a size, a colour and a shape are held out: no training picture shows them. What is
 measured are BLEU-1 to BLEU-4 of the captions that a beam search finds for pictures with such a thing, against every
 caption that is right. A picture, attention.png, shows where the decoder looked at each word.
+Soft attention has BLEU-4 0.96 on things it has seen and 0.83 with a held-out one after 5 to 6 minutes of one core; most
+of what is wrong then is which way round two things lie, and the shape of a thing that is held out.
 
 It needs typer, rich, matplotlib, numpy and sacrebleu: pip install "recattn_kernels[examples]".
 
@@ -216,15 +218,14 @@ class Encoder(nn.Module):
             convolution(3, half, 5, 2), convolution(half, features, 3, 2), convolution(features, features, 3, 1),
             nn.Conv2d(features, features, 3, padding=1),
         )  # fmt: skip
-        self.place, self.mix = nn.Linear(4, features), nn.Linear(features, features)
+        self.place = nn.Linear(4, features)
         line = torch.linspace(-1, 1, GRID)
         y, x = torch.meshgrid(line, line, indexing="ij")
         self.register_buffer("places", torch.stack((x, y, -x, -y), -1).flatten(0, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.layers(image).flatten(2).transpose(1, 2)
-        # Mixed, so that their mean, which the decoder starts from, tells what is where.
-        return F.relu(self.mix(F.relu(features + self.place(self.places))))
+        return F.relu(features + self.place(self.places))
 
 
 class State(NamedTuple):

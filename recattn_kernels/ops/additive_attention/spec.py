@@ -100,7 +100,7 @@ SPEC = OpSpec(
         sample("plain", 3, 5, 17, 9),
         Sample("everything", everything),
         sample("relu", 2, 65, 130, 33, activation="relu", masked=True),
-        sample("wide", 2, 70, 129, 300),
+        sample("wide", 2, 70, 128, 304),
         sample("one_element", 1, 1, 1, 1, return_weights=True),
         sample("no_rows", 0, 3, 4, 5),
         sample("no_positions", 2, 0, 4, 5, return_weights=True),
