@@ -57,8 +57,8 @@ inline double modulo(double v, double m) {
 }
 
 // Where a cell's taps begin and how many there are. lower and upper, -1 if there is none, are the pixels by which its
-// value changes with the centre, by slope * (I[upper] - I[lower]), and with the cells' size, by m times that, and, where
-// cells have a size, slope * (I[upper] - value) besides.
+// value changes with the centre, by slope * (I[upper] - I[lower]), and with the cells' size, by m times that, and,
+// where cells have a size, slope * (I[upper] - value) besides.
 template <class R>
 struct Cell {
   int64_t start, count;
@@ -77,7 +77,8 @@ class Axis {
   const Cell<R>& operator[](int64_t j) const { return cells_[j]; }
 
   // Cells begin to end of n, on an axis of N pixels. wanted: lower and upper too lie in [low, high).
-  void smooth(const Glimpse& p, double centre, double k, int64_t n, int64_t N, int64_t begin, int64_t end, bool wanted) {
+  void smooth(const Glimpse& p, double centre, double k, int64_t n, int64_t N, int64_t begin, int64_t end,
+              bool wanted) {
     N_ = N, padding_ = p.padding;
     const bool area = p.mode == GlimpseMode::area;
     reserve(end, area ? int64_t(k < double(N) ? k : double(N)) + 2 : 2);
@@ -218,7 +219,8 @@ class Axis {
       Cell<R>& cell = cells_[begin + i];
       R* const weights = taps_ + (begin + i) * stride_;
       const bool within = pixels[i] == pixels[i + 1];
-      const int64_t from = a < 0 ? 0 : a, last = within || shares[i + 1] > 0 ? b : b - 1, to = last < N_ ? last : N_ - 1;
+      const int64_t last = within || shares[i + 1] > 0 ? b : b - 1;
+      const int64_t from = a < 0 ? 0 : a, to = last < N_ ? last : N_ - 1;
       cell.start = from;
       cell.count = to < from ? 0 : to - from + 1;
       cell.lower = a < N_ ? a : -1;

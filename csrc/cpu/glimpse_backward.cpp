@@ -1,11 +1,11 @@
 // The gradients of glimpses, none of which depends on the threads.
 //
-//   dI[y][x] = sum over glimpses, scales, i, j of wy(i, y) wx(j, x) dout[i][j]: each band of an image's rows gathers what
-//              falls on it, always in the same order
+//   dI[y][x] = sum over glimpses, scales, i, j of wy(i, y) wx(j, x) dout[i][j]: each band of an image's rows gathers
+//              what falls on it, always in the same order
 //   dc = sum of dout[i][j] * slope * (E[i][upper(j)] - E[i][lower(j)]), E[i][x] = sum over y of wy(i, y) I[y][x]: lines
 //        along the cells' edges; in y alike
-//   dk = sum of dout[i][j] * slope * (m(j) (E[i][upper(j)] - E[i][lower(j)]) + E[i][upper(j)] - out[i][j]), for area; the
-//        last two terms, by which a cell grows about its lower edge, are not there in bilinear; in y alike
+//   dk = sum of dout[i][j] * slope * (m(j) (E[i][upper(j)] - E[i][lower(j)]) + E[i][upper(j)] - out[i][j]), for area;
+//        the last two terms, by which a cell grows about its lower edge, are not there in bilinear; in y alike
 #include "glimpse_rows.h"
 
 namespace recattn {

@@ -1,4 +1,4 @@
-// A glimpse's two passes: rows of the image blended down to one row a cell, and those reduced across to one value a cell.
+// A glimpse's two passes: rows of the image blended down to one row a cell, and those reduced across to one value each.
 #pragma once
 
 #include "glimpse_axis.h"

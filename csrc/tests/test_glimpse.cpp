@@ -1,5 +1,5 @@
-// csrc/cpu/glimpse_*.cpp: the gradient of the image is the transpose of the forward, <out, d> = <image, grad_image>, and
-// no window, wherever it is and however large, reads or writes outside: every array is an allocation of its exact size.
+// csrc/cpu/glimpse_*.cpp: the gradient of the image is the transpose of the forward, <out, d> = <image, grad_image>,
+// and no window, wherever it is and however large, reads or writes outside: every array is of its exact size.
 #include <cmath>
 #include <random>
 
@@ -57,8 +57,8 @@ void check_glimpse(const Isa& isa, const Shape& n, GlimpseMode mode, Padding pad
       }
     }
   }
-  CHECK(std::fabs(one - other) <= 1e-5 * size, "%s: mode %d, padding %d, %g and %g", isa.name, int(mode), int(padding), one,
-        other);
+  CHECK(std::fabs(one - other) <= 1e-5 * size, "%s: mode %d, padding %d, %g and %g", isa.name, int(mode),
+        int(padding), one, other);
 }
 
 }  // namespace
