@@ -46,9 +46,12 @@ setup: $(VENV)/build.stamp
 bench: setup
 	$(BIN)/python -m recattn_kernels bench
 
+# A process a core. Each has threads of its own, which must not spin while they wait for one another.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+
 test: setup
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret
 
 # As in setup.py: a kernel source is compiled once per instruction set, and so are the tests of cells.h.
 CSRC_TESTS := build/csrc-tests
@@ -123,6 +126,7 @@ gpu-bench:
 
 clean:
 	rm -rf build dist *.egg-info recattn_kernels/*.so recattn_kernels/_build_info.py $(VENV)/build.stamp
-	rm -rf adding-results mnist-results char-lm-results captioning-results slot-discovery-results slot-set-results
+	rm -rf adding-results mnist-results char-lm-results captioning-results ram-results catch-results \
+		slot-discovery-results slot-set-results
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
