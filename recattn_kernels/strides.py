@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# As csrc/cpu/kernels.h's enum Dtype has them.
+# As csrc/cpu/isa.h's enum Dtype has them.
 CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

@@ -17,10 +17,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_additive(pybind11::module_& m);
 void bind_glimpse(pybind11::module_& m);
 void bind_normalise(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
 void bind_slot_attention(pybind11::module_& m);
-void bind_additive(pybind11::module_& m);
 
 }  // namespace recattn
