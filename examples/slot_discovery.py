@@ -220,10 +220,8 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["random_state"])
         step, curve, elapsed = checkpoint["step"], checkpoint["curve"], checkpoint["elapsed"]
-    started, cpu_started = (
-        time.perf_counter() - elapsed,
-        time.process_time() - (curve[-1]["cpu_seconds"] if curve else 0),
-    )
+    started = time.perf_counter() - elapsed
+    cpu_started = time.process_time() - (curve[-1]["cpu_seconds"] if curve else 0)
     losses: list[float] = []
 
     columns = (

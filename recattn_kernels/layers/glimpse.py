@@ -40,7 +40,7 @@ class GlimpseSensor(nn.Module):
         coords: "xy" or "yx", the order of a location's coordinates.
         device: as every layer has it; a sensor has no parameters to put there.
         dtype: of what is returned; None is the image's, and float32 for uint8.
-        backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Inputs:
         image: (B, C, H, W), floating or uint8, of any strides.

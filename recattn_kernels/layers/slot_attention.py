@@ -120,13 +120,9 @@ class SlotAttention(nn.Module):
             check_size(NAME, name, size)
         if dim % heads != 0:
             raise ValueError(f"{NAME}: heads must divide dim = {dim}, got {heads}")
-        checks.number(NAME, "eps", eps)
-        if eps < 0:
-            raise ValueError(f"{NAME}: eps must be at least 0, got {eps!r}")
-        for name, value in (("temperature", temperature), ("ln_eps", ln_eps)):
-            checks.positive(NAME, name, value)
-            if math.isinf(value):
-                raise ValueError(f"{NAME}: {name} must be finite, got {value!r}")
+        checks.not_negative(NAME, "eps", eps)
+        checks.finite_positive(NAME, "temperature", temperature)
+        checks.finite_positive(NAME, "ln_eps", ln_eps)
         checks.choice(NAME, "eps_mode", eps_mode, EPS_MODES)
         checks.choice(NAME, "head_softmax", head_softmax, HEAD_SOFTMAX)
         checks.flag(NAME, "bias", bias)

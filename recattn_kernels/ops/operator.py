@@ -102,9 +102,7 @@ class Operator:
         inputs, needs = args[n : n + self.inputs], args[-2]
         found = self._backward(args[: self.outputs], args[self.outputs : n], (*args[n:-2], args[-1]), needs)
         like = next(t for t in inputs if t is not None)
-        return tuple(
-            like.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True)
-        )  # fmt: skip
+        return tuple(like.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True))
 
     def _empty_grads(self, *args: Any) -> Sequence[Tensor]:
         n = self.outputs + len(self.saves)
