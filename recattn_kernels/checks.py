@@ -99,8 +99,8 @@ def finite_positive(op: str, name: str, value: Any) -> None:
 def count(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{op}: {name} must be positive, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value!r}")
 
 
 def number(op: str, name: str, value: Any) -> None:

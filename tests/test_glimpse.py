@@ -248,7 +248,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"size": 0}, ValueError, "glimpse: size must be positive, got 0"),
     ({"size": (4, -1)}, ValueError, "glimpse: size must be positive, got (4, -1)"),
     ({"size": 2.5}, TypeError, "glimpse: size must be an int or a pair of ints (gh, gw), got 2.5"),
-    ({"scales": 0}, ValueError, "glimpse: scales must be positive, got 0"),
+    ({"scales": 0}, ValueError, "glimpse: scales must be at least 1, got 0"),
     ({"scales": 1.5}, TypeError, "glimpse: scales must be an int, got 1.5"),
     ({"scale_factor": -2.0}, ValueError, "glimpse: scale_factor must be positive, got -2.0"),
     ({"scale_factor": float("nan")}, ValueError, "glimpse: scale_factor must be positive, got nan"),

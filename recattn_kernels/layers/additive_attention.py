@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.gated_cell import LSTMCell
-from recattn_kernels.layers.indrnn_cell import changed_options, check_size
+from recattn_kernels.layers.indrnn_cell import changed_options
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
@@ -67,7 +67,7 @@ class AdditiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("query_dim", query_dim), ("key_dim", key_dim), ("attn_dim", attn_dim)):
-            check_size("AdditiveAttention", name, size)
+            checks.count("AdditiveAttention", name, size)
         checks.choice("AdditiveAttention", "activation", activation, ACTIVATIONS)
         checks.flag("AdditiveAttention", "bias", bias)
         backends.requested("AdditiveAttention", backend)
@@ -182,7 +182,7 @@ class AttentionLSTMCell(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("key_dim", key_dim)):
-            check_size("AttentionLSTMCell", name, size)
+            checks.count("AttentionLSTMCell", name, size)
         checks.flag("AttentionLSTMCell", "gate", gate)
         self.input_size = input_size
         self.hidden_size = hidden_size

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
-from recattn_kernels.layers.indrnn_cell import changed_options, check_size
+from recattn_kernels.layers.indrnn_cell import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse
 
 COMBINATIONS = ("additive", "multiplicative")
@@ -22,8 +22,8 @@ def height_and_width(layer: str, name: str, size: Any) -> tuple[int, int]:
         height, width = size
     else:
         height = width = size
-    check_size(layer, name, height)
-    check_size(layer, name, width)
+    checks.count(layer, name, height)
+    checks.count(layer, name, width)
     return height, width
 
 
@@ -72,7 +72,7 @@ class GlimpseSensor(nn.Module):
     ) -> None:
         super().__init__()
         height_and_width("GlimpseSensor", "size", size)
-        check_size("GlimpseSensor", "scales", scales)
+        checks.count("GlimpseSensor", "scales", scales)
         checks.positive("GlimpseSensor", "scale_factor", scale_factor)
         checks.positive("GlimpseSensor", "zoom", zoom)
         backends.requested("GlimpseSensor", backend)
@@ -152,7 +152,7 @@ class GlimpseNetwork(nn.Module):
         for name, value in (
             ("channels", channels), ("scales", scales), ("hidden_size", hidden_size), ("features", features)
         ):  # fmt: skip
-            check_size("GlimpseNetwork", name, value)
+            checks.count("GlimpseNetwork", name, value)
         height, width = height_and_width("GlimpseNetwork", "glimpse_size", glimpse_size)
         checks.choice("GlimpseNetwork", "glimpse", glimpse, COMBINATIONS)
         self.channels = channels

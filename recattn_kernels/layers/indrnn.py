@@ -17,7 +17,6 @@ from recattn_kernels.layers.indrnn_cell import (
     changed_options,
     check_bound,
     check_input,
-    check_size,
     check_state,
     initialise_input_weight,
 )
@@ -111,7 +110,7 @@ class IndRNN(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            check_size("IndRNN", name, size)
+            checks.count("IndRNN", name, size)
         checks.choice("IndRNN", "nonlinearity", nonlinearity, ACTIVATIONS)
         flags = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "residual": residual}
         for name, flag in flags.items():
@@ -126,7 +125,7 @@ class IndRNN(nn.Module):
             raise ValueError(f"IndRNN: norm must be one of None, 'before', 'after', got {norm!r}")
         check_bound("IndRNN", recurrent_max)
         if sequence_length is not None:
-            check_size("IndRNN", "sequence_length", sequence_length)
+            checks.count("IndRNN", "sequence_length", sequence_length)
             if recurrent_max is None:
                 recurrent_max = GAMMA ** (1 / sequence_length)
         if grad_clip is not None:

@@ -35,13 +35,6 @@ def changed_options(module: nn.Module, **defaults: Any) -> list[str]:
     return [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
 
 
-def check_size(layer: str, name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{layer}: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
-
-
 def check_bound(layer: str, recurrent_max: Any) -> None:
     if recurrent_max is not None:
         checks.positive(layer, "recurrent_max", recurrent_max)
@@ -116,8 +109,8 @@ class IndRNNCell(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_size("IndRNNCell", "input_size", input_size)
-        check_size("IndRNNCell", "hidden_size", hidden_size)
+        checks.count("IndRNNCell", "input_size", input_size)
+        checks.count("IndRNNCell", "hidden_size", hidden_size)
         checks.flag("IndRNNCell", "bias", bias)
         checks.choice("IndRNNCell", "nonlinearity", nonlinearity, ACTIVATIONS)
         check_bound("IndRNNCell", recurrent_max)

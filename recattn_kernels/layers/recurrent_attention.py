@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
-from recattn_kernels.layers.indrnn_cell import autocasts, changed_options, check_size
+from recattn_kernels.layers.indrnn_cell import autocasts, changed_options
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
@@ -155,7 +155,7 @@ class RecurrentAttention(nn.Module):
             ("num_classes", num_classes), ("channels", channels), ("scales", scales), ("num_glimpses", num_glimpses),
             ("hidden_size", hidden_size),
         ):  # fmt: skip
-            check_size("RecurrentAttention", name, value)
+            checks.count("RecurrentAttention", name, value)
         height_and_width("RecurrentAttention", "glimpse_size", glimpse_size)
         checks.positive("RecurrentAttention", "scale_factor", scale_factor)
         checks.choice("RecurrentAttention", "core", core, CORES)
@@ -321,7 +321,7 @@ class RecurrentAttention(nn.Module):
             )
         checks.dtype("RecurrentAttention", "image", image, (*checks.FLOATING, torch.uint8))
         checks.device("RecurrentAttention", "image", image, "classifier.weight", self.classifier.weight)
-        check_size("RecurrentAttention", "samples", samples)
+        checks.count("RecurrentAttention", "samples", samples)
 
     def extra_repr(self) -> str:
         options = changed_options(

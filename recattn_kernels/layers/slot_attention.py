@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from recattn_kernels import backends, checks
 from recattn_kernels.layers import slot_attention_weights
 from recattn_kernels.layers.gated_cell import GRUCell
-from recattn_kernels.layers.indrnn_cell import autocasts, changed_options, check_size
+from recattn_kernels.layers.indrnn_cell import autocasts, changed_options
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
@@ -117,7 +117,7 @@ class SlotAttention(nn.Module):
             "heads": heads,
         }  # fmt: skip
         for name, size in sizes.items():
-            check_size(NAME, name, size)
+            checks.count(NAME, name, size)
         if dim % heads != 0:
             raise ValueError(f"{NAME}: heads must divide dim = {dim}, got {heads}")
         checks.not_negative(NAME, "eps", eps)
@@ -250,7 +250,7 @@ class SlotAttention(nn.Module):
         dtypes = checks.FLOATING if autocasts(inputs) else (weight.dtype,)
         checks.dtype(NAME, "inputs", inputs, dtypes)
         if num_slots is not None:
-            check_size(NAME, "num_slots", num_slots)
+            checks.count(NAME, "num_slots", num_slots)
         if slots is not None:
             checks.tensor(NAME, "slots", slots)
             checks.rank(NAME, "slots", slots, "(B, K, dim)")
