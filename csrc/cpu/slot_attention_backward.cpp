@@ -39,15 +39,20 @@ struct Backward {
     if (tile.rows() == 0) return;
     if (p.grad_updates) flow_in();
     tile.each_block(task % plan.parts, [&](const Inputs& inputs) {
+      tile.ahead.clear();
+      tile.look_ahead(p.k, p.D, inputs);
+      tile.look_ahead(p.v, p.Dv, inputs);
+      tile.look_ahead(p.grad_k, p.D, inputs);
+      tile.look_ahead(p.grad_v, p.Dv, inputs);
       tile.attend(inputs);
       through_softmax(inputs);
-      add_rows(ds, tile.rows(), inputs.count, sum.bias);
+      add_rows(ds, tile.rows(), inputs.count, R(0), sum.bias);
       for (int64_t h = 0; h < plan.group; ++h) {
         const int64_t at = h * tile.active;
         if (p.grad_q) {
           const Block<R> k = tile.keys(h, inputs);
-          product(ds + at * BLOCK, BLOCK, tile.active, k.data, k.step, inputs.count, sum.q + at * plan.D, plan.D,
-                  plan.D, false);
+          product(ds + at * BLOCK, BLOCK, 1, tile.active, k.data, k.step, inputs.count, sum.q + at * plan.D, plan.D,
+                  plan.D, false, tile.ahead);
         }
         inputs_grads(h, inputs);
       }
@@ -102,7 +107,7 @@ struct Backward {
     R grad[BLOCK];
     for (int64_t r = 0; r < tile.rows(); ++r) {
       const int64_t row = tile.slot(r) * p.N;
-      inputs.each_run([&](int64_t i, int64_t n) { read(grad + i, p.grad_attn, row + inputs.at[i], n); });
+      inputs.each_run([&](int64_t i, int64_t n) { read(grad + i, p.grad_attn, row + inputs[i], n); });
       for (int64_t n = 0; n < inputs.count; ++n) ds[r * BLOCK + n] += grad[n];
     }
   }
@@ -117,18 +122,18 @@ struct Backward {
     if (p.grad_k.data) {
       const Block<R> to = target(p.grad_k, h, p.D, plan.D, inputs);
       R* const data = const_cast<R*>(to.data);
-      columns_product(ds + at * BLOCK, BLOCK, inputs.count, tile.q + at * plan.D, plan.D, tile.active, data, to.step,
-                      plan.D, true);
+      product(ds + at * BLOCK, 1, BLOCK, inputs.count, tile.q + at * plan.D, plan.D, tile.active, data, to.step,
+                      plan.D, true, tile.ahead);
       if (shared && flows) {
-        columns_product(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, tile.active, data,
-                        to.step, plan.Dv, false);
+        product(tile.a + at * BLOCK, 1, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, tile.active, data, to.step,
+                plan.Dv, false, tile.ahead);
       }
       store(p.grad_k, h, p.D, plan.D, inputs, to);
     }
     if (!shared && p.grad_v.data) {
       const Block<R> to = target(p.grad_v, h, p.Dv, plan.Dv, inputs);
-      columns_product(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, flows ? tile.active : 0,
-                      const_cast<R*>(to.data), to.step, plan.Dv, true);
+      product(tile.a + at * BLOCK, 1, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, flows ? tile.active : 0,
+                      const_cast<R*>(to.data), to.step, plan.Dv, true, tile.ahead);
       store(p.grad_v, h, p.Dv, plan.Dv, inputs, to);
     }
   }
@@ -136,15 +141,15 @@ struct Backward {
   // Where a block's gradients are computed: in their tensor, if it is of R and its rows are whole vectors.
   Block<R> target(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs) {
     const bool same = t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
-    if (same && width == padded_width && inputs.neighbours()) {
-      return {static_cast<const R*>(t.data) + tile.offset(t, h, inputs.at[0]), t.stride_n};
+    if (same && width == padded_width && !inputs.at) {
+      return {static_cast<const R*>(t.data) + tile.offset(t, h, inputs.first), t.stride_n};
     }
     return {out, padded_width};
   }
   void store(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, const Block<R>& from) {
     if (from.data != out) return;
     for (int64_t i = 0; i < inputs.count; ++i) {
-      write(t, tile.offset(t, h, inputs.at[i]), out + i * padded_width, width);
+      write(t, tile.offset(t, h, inputs[i]), out + i * padded_width, width);
     }
   }
 

@@ -29,16 +29,16 @@ struct Forward {
     tile.begin(task / plan.parts);
     if (tile.rows() == 0) return;
     tile.each_block(task % plan.parts, [&](const Inputs& inputs) {
+      tile.ahead.clear();
+      tile.look_ahead(p.k, p.D, inputs);
+      tile.look_ahead(p.v, p.Dv, inputs);
       tile.attend(inputs);
       if (p.attn.data) write_attn(inputs);
-      if (!p.denominator) {
-        for (int64_t i = 0; i < tile.rows() * BLOCK; ++i) tile.a[i] += R(p.eps);
-      }
-      add_rows(tile.a, tile.rows(), inputs.count, sum.den);
+      add_rows(tile.a, tile.rows(), inputs.count, p.denominator ? R(0) : R(p.eps), sum.den);
       for (int64_t h = 0; h < plan.group; ++h) {
         const Block<R> v = tile.values(h, inputs);
-        product(tile.a + h * tile.active * BLOCK, BLOCK, tile.active, v.data, v.step, inputs.count,
-                sum.updates + h * tile.active * plan.Dv, plan.Dv, plan.Dv, false);
+        product(tile.a + h * tile.active * BLOCK, BLOCK, 1, tile.active, v.data, v.step, inputs.count,
+                sum.updates + h * tile.active * plan.Dv, plan.Dv, plan.Dv, false, tile.ahead);
       }
     });
   }
@@ -46,7 +46,7 @@ struct Forward {
   void write_attn(const Inputs& inputs) {
     for (int64_t r = 0; r < tile.rows(); ++r) {
       const int64_t row = tile.slot(r) * p.N;
-      inputs.each_run([&](int64_t i, int64_t n) { write(p.attn, row + inputs.at[i], tile.a + r * BLOCK + i, n); });
+      inputs.each_run([&](int64_t i, int64_t n) { write(p.attn, row + inputs[i], tile.a + r * BLOCK + i, n); });
     }
   }
 

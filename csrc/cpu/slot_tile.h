@@ -12,84 +12,130 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;
+constexpr int64_t BLOCK = 32;
 
 template <class R>
 int64_t padded(int64_t n) {
   return ceil_div(n, LANES<R>) * LANES<R>;
 }
 
-// out[r][c] (+)= sum over i of row[r][i] * weights[i][c]; columns is a multiple of a vector.
 template <class R>
-void product(const R* a, int64_t a_stride, int64_t rows, const R* weights, int64_t step, int64_t inner, R* out,
-             int64_t out_stride, int64_t columns, bool first) {
-  constexpr int64_t MOST = 8;
-  const R* row[MOST];
-  const int64_t tiles = ceil_div(rows, MOST);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t r = part(rows, i, tiles), n = part(rows, i + 1, tiles) - r;
-    for (int64_t j = 0; j < n; ++j) row[j] = a + (r + j) * a_stride;
-    R* const to = out + r * out_stride;
-    int64_t c = 0;
-    const auto panels = [&]<int V>() {
-      for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
-        Tiles<V, R>::run(row, n, weights + c, step, inner, to + c, out_stride, first);
-      }
-    };
-    if (n <= Tiles<4, R>::ROWS) panels.template operator()<4>();
-    panels.template operator()<2>();
-    panels.template operator()<1>();
-  }
+Vec<R> load_vector(const R* from) {
+  Vec<R> v;
+  memcpy(&v, from, VECTOR_BYTES);
+  return v;
+}
+template <class R>
+void store_vector(R* to, const Vec<R>& v) {
+  memcpy(to, &v, VECTOR_BYTES);
 }
 
+// Asks for memory before its use, line by line, from within the loops of the products. Asked for in one go, the lines
+// would wait for each other and the products for them; read only when they are needed, 16 rows at a time, they come in
+// an order in which the hardware does not see what is next.
+class Ahead {
+ public:
+  struct At {
+    uintptr_t line = 0, end = 0;
+    int64_t step = 0;
+  };
+  At at;
+
+  void clear() { at = {}, count = number = 0; }
+
+  // `rows` rows of `width` bytes, `stride` apart. What finds no place any more is left to the hardware.
+  void add(uintptr_t from, int64_t stride, int64_t width, int64_t rows) {
+    if (count == MOST || width == 0) return;
+    if (stride == width) width *= rows, rows = 1;
+    areas[count++] = {from, stride, width, rows};
+    if (count == 1) start(at);
+  }
+
+  RECATTN_FN void ask(At& now) {
+    __builtin_prefetch(reinterpret_cast<const void*>(now.line), 0, 2);
+    now.line += now.step;
+    if (now.line >= now.end) next(now);
+  }
+
+ private:
+  static constexpr int MOST = 16;
+  struct Area {
+    uintptr_t row;
+    int64_t stride, width, rows;
+  };
+
+  void start(At& now) const { now = {areas[number].row, areas[number].row + areas[number].width, 64}; }
+
+  __attribute__((noinline)) void next(At& now) {
+    if (number < count && --areas[number].rows > 0) {
+      areas[number].row += areas[number].stride;
+    } else if (number < count) {
+      ++number;
+    }
+    if (number < count) {
+      start(now);
+    } else {
+      now = {now.end - 1, now.end, 0};  // the last line again and again, which costs nothing
+    }
+  }
+
+  Area areas[MOST];
+  int count = 0, number = 0;
+};
+
+// out[r][c] (+)= sum over i of a[r * a_row + i * a_step] * weights[i * step + c], for ROWS r and V vectors of c.
 template <int ROWS, int V, class R>
-__attribute__((noinline)) void columns_tile(const R* a, int64_t a_step, const R* weights, int64_t step, int64_t inner,
-                                            R* out, int64_t out_stride, bool first) {
+__attribute__((noinline)) void product_tile(const R* a, int64_t a_row, int64_t a_step, const R* weights, int64_t step,
+                                            int64_t inner, R* out, int64_t out_stride, bool first, Ahead& ahead) {
+  Ahead::At at = ahead.at;
   Vec<R> sums[ROWS][V] = {};
   for (int64_t i = 0; i < inner; ++i, a += a_step, weights += step) {
+    ahead.ask(at);  // two are what the products with the fewest slots need
+    ahead.ask(at);
     Vec<R> w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
+    for (int v = 0; v < V; ++v) w[v] = load_vector(weights + v * LANES<R>);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[r];
+      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[r * a_row];
     }
   }
+  ahead.at = at;
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       R* const to = out + r * out_stride + v * LANES<R>;
-      if (!first) {
-        Vec<R> before;
-        memcpy(&before, to, VECTOR_BYTES);
-        sums[r][v] += before;
-      }
-      memcpy(to, &sums[r][v], VECTOR_BYTES);
+      store_vector(to, first ? sums[r][v] : load_vector(to) + sums[r][v]);
     }
   }
 }
 
-// out[r][c] (+)= sum over i of a[i][r] * weights[i][c]: product() with a transposed.
+// The same for any number of rows, and of columns that is a multiple of a vector.
 template <class R>
-void columns_product(const R* a, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner, R* out,
-                     int64_t out_stride, int64_t columns, bool first) {
+void product(const R* a, int64_t a_row, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner,
+             R* out, int64_t out_stride, int64_t columns, bool first, Ahead& ahead) {
   int64_t c = 0;
   const auto panels = [&]<int V>() {
+    constexpr int ROWS = Tiles<V, R>::ROWS;
+    const int64_t tiles = ceil_div(rows, ROWS);
     for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
-      int64_t r = 0;
-      const auto tiles = [&]<int ROWS>() {
-        for (; r + ROWS <= rows; r += ROWS) {
-          columns_tile<ROWS, V>(a + r, a_step, weights + c, step, inner, out + r * out_stride + c, out_stride, first);
-        }
-      };
-      tiles.template operator()<Tiles<V, R>::ROWS>();
-      if (Tiles<V, R>::ROWS > 4) tiles.template operator()<4>();
-      tiles.template operator()<1>();
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t r = part(rows, t, tiles);
+        by_height<ROWS>(part(rows, t + 1, tiles) - r, [&]<int HEIGHT>() {
+          int64_t i = 0;
+          do {
+            const int64_t n = least(CHAIN, inner - i);
+            product_tile<HEIGHT, V>(a + r * a_row + i * a_step, a_row, a_step, weights + i * step + c, step, n,
+                                    out + r * out_stride + c, out_stride, first && i == 0, ahead);
+            i += n;
+          } while (i < inner);
+        });
+      }
     }
   };
-  panels.template operator()<4>();
+  if (rows <= Tiles<4, R>::ROWS) panels.template operator()<4>();
   panels.template operator()<2>();
   panels.template operator()<1>();
 }
@@ -132,17 +178,6 @@ void write(const Rows& to, int64_t offset, const R* from, int64_t n) {
       narrow(target, from, n);
     }
   });
-}
-
-template <class R>
-Vec<R> load_vector(const R* from) {
-  Vec<R> v;
-  memcpy(&v, from, VECTOR_BYTES);
-  return v;
-}
-template <class R>
-void store_vector(R* to, const Vec<R>& v) {
-  memcpy(to, &v, VECTOR_BYTES);
 }
 
 // exp(x) for x <= 0 as exp_ has it, but 0 far below. On vectors: of a loop with all this compilers make branches.
@@ -193,14 +228,17 @@ void softmax(R* tile, const R* bias, int64_t rows) {
   }
 }
 
-// sums[r][lane] += row r of a tile; what lies past the block's end is zeroed first.
+// tile[r][n] += eps and sums[r][lane] += tile[r][n]; what lies past the block's end is zeroed.
 template <class R>
-void add_rows(R* tile, int64_t rows, int64_t count, R* sums) {
+void add_rows(R* tile, int64_t rows, int64_t count, R eps, R* sums) {
   for (int64_t r = 0; r < rows; ++r, tile += BLOCK, sums += LANES<R>) {
-    for (int64_t n = count; n < BLOCK; ++n) tile[n] = 0;
+    Vec<R> sum = load_vector(sums);
     for (int64_t n = 0; n < BLOCK; n += LANES<R>) {
-      for (int64_t lane = 0; lane < LANES<R>; ++lane) sums[lane] += tile[n + lane];
+      store_vector(tile + n, load_vector(tile + n) + eps);
+      for (int64_t past = count > n ? count : n; past < n + LANES<R>; ++past) tile[past] = 0;
+      sum += load_vector(tile + n);
     }
+    store_vector(sums, sum);
   }
 }
 
@@ -211,15 +249,17 @@ R sum_lanes(const R* lanes) {
   return sum;
 }
 
-// The inputs of a block, in order.
+// The inputs of a block, in order: `count` neighbours from number `first` on, or, where some are masked, those of `at`.
 struct Inputs {
-  int64_t count = 0, at[BLOCK];
+  int64_t count = 0, first = 0;
+  const int64_t* at = nullptr;
 
-  bool neighbours() const { return at[count - 1] - at[0] == count - 1; }
+  int64_t operator[](int64_t i) const { return at ? at[i] : first + i; }
 
   // Calls f(i, n) for every n of them that are neighbours, from number i on.
   template <class F>
   void each_run(F f) const {
+    if (!at) return f(int64_t{0}, count);
     for (int64_t i = 0, end; i < count; i = end) {
       for (end = i + 1; end < count && at[end] == at[end - 1] + 1;) ++end;
       f(i, end - i);
@@ -293,11 +333,17 @@ class Tile {
   void each_block(int64_t i, F f) {
     const int64_t end = part(p.N, i + 1, plan.parts);
     for (int64_t n = part(p.N, i, plan.parts); n < end;) {
-      Inputs inputs;
-      for (; n < end && inputs.count < BLOCK; ++n) {
-        if (!p.input_mask || p.input_mask[b * p.N + n]) inputs.at[inputs.count++] = n;
+      if (!p.input_mask) {
+        const int64_t count = least(BLOCK, end - n);
+        f(Inputs{count, n});
+        n += count;
+        continue;
       }
-      if (inputs.count > 0) f(inputs);
+      int64_t at[BLOCK], count = 0;
+      for (; n < end && count < BLOCK; ++n) {
+        if (p.input_mask[b * p.N + n]) at[count++] = n;
+      }
+      if (count > 0) f(Inputs{count, at[0], at[count - 1] - at[0] == count - 1 ? nullptr : at});
     }
   }
 
@@ -306,30 +352,24 @@ class Tile {
     return p.v.data ? load(p.v, h, p.Dv, plan.Dv, inputs, v_rows) : keys(h, inputs);
   }
 
-  // Reads a byte of each line of a block, in order, and asks for the block after it. The products read 16 rows at a
-  // time, an order in which the hardware does not see what comes next: half of the time was spent waiting.
-  void touch(const Rows& t, int64_t h, int64_t width, const Inputs& inputs) const {
-    const int64_t size = size_of(t.dtype), ahead = BLOCK * t.stride_n * size;
-    for (int64_t n = 0; n < inputs.count; ++n) {
-      const char* const row = static_cast<const char*>(t.data) + offset(t, h, inputs.at[n]) * size;
-      for (int64_t i = 0; i < width * size; i += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + i + ahead), 0, 2);
-        (void)*static_cast<const volatile char*>(row + i);
-      }
+  // Asks for what the block after this one has of a tensor. Past the end of a sample the next one begins, as a rule.
+  void look_ahead(const Rows& t, int64_t width, const Inputs& inputs) {
+    const int64_t size = size_of(t.dtype);
+    for (int64_t h = 0; t.data && h < plan.group; ++h) {
+      const uintptr_t from = reinterpret_cast<uintptr_t>(t.data) + offset(t, h, inputs.first + BLOCK) * size;
+      ahead.add(from, t.stride_n * size, width * size, BLOCK);
     }
   }
 
   // out = the products of `queries`, of one head, with a block of keys or of values.
-  void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) const {
+  void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) {
     turn(block, count, width, columns);
-    product(queries, width, active, columns, BLOCK, width, out, BLOCK, BLOCK, true);
+    product(queries, width, 1, active, columns, BLOCK, width, out, BLOCK, BLOCK, true, ahead);
   }
 
   // a = A of a block.
   void attend(const Inputs& inputs) {
     for (int64_t h = 0; h < plan.group; ++h) {
-      touch(p.k, h, p.D, inputs);
-      if (p.v.data) touch(p.v, h, p.Dv, inputs);
       scores(q + h * active * plan.D, plan.D, keys(h, inputs), inputs.count, k_columns, a + h * active * BLOCK);
     }
     softmax(a, bias, rows());
@@ -355,16 +395,17 @@ class Tile {
   const SlotAttention& p;
   int64_t b = 0, head = 0, active = 0;
   int64_t* const slots;
+  Ahead ahead;
   R *const q, *const bias, *const k_rows, *const k_columns, *const v_rows, *const v_columns, *const a, *const zeros;
 
  private:
   Block<R> load(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, R* buffer) const {
     const bool same = t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
-    if (same && width == padded_width && inputs.neighbours()) {
-      return {static_cast<const R*>(t.data) + offset(t, h, inputs.at[0]), t.stride_n};
+    if (same && width == padded_width && !inputs.at) {
+      return {static_cast<const R*>(t.data) + offset(t, h, inputs.first), t.stride_n};
     }
     for (int64_t i = 0; i < inputs.count; ++i) {
-      read(buffer + i * padded_width, t, offset(t, h, inputs.at[i]), width);
+      read(buffer + i * padded_width, t, offset(t, h, inputs[i]), width);
       for (int64_t d = width; d < padded_width; ++d) buffer[i * padded_width + d] = 0;
     }
     return {buffer, padded_width};

@@ -79,29 +79,38 @@ __attribute__((noinline)) void tile(const R* const* rows, const R* weights, int6
   } while (k < K);
 }
 
+// f.operator()<n>(), of which there is one for each n up to MOST.
+template <int MOST, class F>
+void by_height(int64_t n, F f) {
+  static_assert(MOST <= 8);
+  const auto of = [&]<int HEIGHT>() { f.template operator()<(HEIGHT < MOST ? HEIGHT : MOST)>(); };
+  switch (n) {
+    case 1: return of.template operator()<1>();
+    case 2: return of.template operator()<2>();
+    case 3: return of.template operator()<3>();
+    case 4: return of.template operator()<4>();
+    case 5: return of.template operator()<5>();
+    case 6: return of.template operator()<6>();
+    case 7: return of.template operator()<7>();
+    default: return of.template operator()<8>();
+  }
+}
+
 template <int V, class R>
 struct Tiles {
   static constexpr int ROWS = SUMS / V < 8 ? SUMS / V : 8;
-  using Function = void (*)(const R* const*, const R*, int64_t, int64_t, R*, int64_t, bool);
 
   // n rows in tiles of about equal height, so that none is too low to keep the arithmetic units busy.
   static void run(const R* const* rows, int64_t n, const R* weights, int64_t step, int64_t K, R* out,
                   int64_t out_stride, bool first) {
     const int64_t tiles = ceil_div(n, ROWS);
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t from = part(n, i, tiles), height = part(n, i + 1, tiles) - from;
-      of_height(height)(rows + from, weights, step, K, out + from * out_stride, out_stride, first);
+      const int64_t from = part(n, i, tiles);
+      by_height<ROWS>(part(n, i + 1, tiles) - from, [&]<int HEIGHT>() {
+        tile<HEIGHT, V>(rows + from, weights, step, K, out + from * out_stride, out_stride, first);
+      });
     }
   }
-
- private:
-  static Function of_height(int64_t height) {
-    static constexpr Function table[] = {tile<1, V, R>,       tile<2, V, R>,       tile<3, V, R>,
-                                         tile<most(4), V, R>, tile<most(5), V, R>, tile<most(6), V, R>,
-                                         tile<most(7), V, R>, tile<most(8), V, R>};
-    return table[height - 1];
-  }
-  static constexpr int most(int height) { return height < ROWS ? height : ROWS; }
 };
 
 // a0 b0 a1 b1 ... of the lower halves of a and b, and of the upper ones.
@@ -123,25 +132,65 @@ RECATTN_FN void interleave(const V& a, const V& b, V& low, V& high) {
   }
 }
 
+// to[i * stride + lane] = rows[lane][i] for i < LANES.
+template <class R>
+RECATTN_FN void transpose_square(const R* const* rows, R* to, int64_t stride) {
+  constexpr int N = LANES<R>;
+  Vec<R> a[N], b[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) memcpy(&a[i], rows[i], VECTOR_BYTES);
+  // Each round moves the lowest bit of the lane's number to the row's; after all of them the two are exchanged.
+#pragma GCC unroll 4
+  for (int round = 1; round < N; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) interleave(a[i], a[i + N / 2], b[2 * i], b[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) memcpy(to + i * stride, &a[i], VECTOR_BYTES);
+}
+
+#ifdef __AVX512F__
+// The loads gather quarters of a vector, which leaves half of the shuffles, and those within quarters.
+RECATTN_FN void transpose_square(const float* const* rows, float* to, int64_t stride) {
+#pragma GCC unroll 4
+  for (int column = 0; column < 16; column += 4) {
+    Vec<float> a[4], b[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // columns 0..3 of rows i, i + 4, i + 8, i + 12
+      __m512 quarters = _mm512_maskz_broadcast_f32x4(ALL, _mm_loadu_ps(rows[i] + column));
+      quarters = _mm512_mask_broadcast_f32x4(quarters, 0x00f0, _mm_loadu_ps(rows[i + 4] + column));
+      quarters = _mm512_mask_broadcast_f32x4(quarters, 0x0f00, _mm_loadu_ps(rows[i + 8] + column));
+      quarters = _mm512_mask_broadcast_f32x4(quarters, 0xf000, _mm_loadu_ps(rows[i + 12] + column));
+      a[i] = (Vec<float>)quarters;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+      b[2 + i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Vec<double> first = (Vec<double>)b[2 * i], second = (Vec<double>)b[2 * i + 1],
+                        even = __builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14),
+                        odd = __builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
+      memcpy(to + (column + 2 * i) * stride, &even, VECTOR_BYTES);
+      memcpy(to + (column + 2 * i + 1) * stride, &odd, VECTOR_BYTES);
+    }
+  }
+}
+#endif
+
 // to[k * stride + lane] = rows[lane][k] for k < n.
 template <class R>
 void transpose(const R* const* rows, int64_t n, R* to, int64_t stride) {
   constexpr int N = LANES<R>;
   int64_t k = 0;
   for (; k + N <= n; k += N) {
-    Vec<R> a[N], b[N];
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) memcpy(&a[i], rows[i] + k, VECTOR_BYTES);
-    // Each round moves the lowest bit of the lane's number to the row's; after all of them the two are exchanged.
-#pragma GCC unroll 4
-    for (int round = 1; round < N; round *= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N / 2; ++i) interleave(a[i], a[i + N / 2], b[2 * i], b[2 * i + 1]);
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) a[i] = b[i];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) memcpy(to + (k + i) * stride, &a[i], VECTOR_BYTES);
+    const R* from[N];
+    for (int i = 0; i < N; ++i) from[i] = rows[i] + k;
+    transpose_square(from, to + k * stride, stride);
   }
   for (; k < n; ++k) {
     for (int lane = 0; lane < N; ++lane) to[k * stride + lane] = rows[lane][k];

@@ -9,7 +9,6 @@
 #include <string>
 
 #include "../cpu/slot_attention.h"
-#include "../cpu/slot_attention.h"
 #include "check.h"
 
 namespace recattn {
