@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
@@ -357,56 +354,6 @@ def test_state_dict_keys() -> None:
     assert list(IndRNNCell(D, H).state_dict()) == ["weight_ih", "weight_hh", "bias"]
 
 
-@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save", "state_dict"])
-def test_copies_behave_alike(how: str) -> None:
-    options: dict[str, Any] = {"num_layers": 2, "norm": "after", "residual": True, "sequence_length": 20}
-    layer = IndRNN(D, H, **options)
-    x = torch.randn(5, 2, D)
-    layer(x)
-    if how == "pickle":
-        other = pickle.loads(pickle.dumps(layer))
-    elif how == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif how == "torch.save":
-        file = io.BytesIO()
-        torch.save(layer, file)
-        other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-    else:
-        other = IndRNN(D, H, **options)
-        other.load_state_dict(layer.state_dict())
-    assert repr(other) == repr(layer)
-    assert all(torch.equal(a, b) for a, b in zip(layer(x), other(x), strict=True))
-
-
-@pytest.mark.parametrize(
-    "make", [lambda d: IndRNN(D, H, 2, norm="before", device=d), lambda d: IndRNNCell(D, H, device=d)]
-)
-def test_meta_device(make: Callable[[str], Any]) -> None:
-    layer = make("meta")
-    assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
-    x = torch.empty(2, D, device="meta") if isinstance(layer, IndRNNCell) else torch.empty(5, 2, D, device="meta")
-    out = layer(x)
-    assert (out if isinstance(out, Tensor) else out[0]).is_meta
-    layer = layer.to_empty(device="cpu")
-    torch.manual_seed(0)
-    layer.reset_parameters()
-    torch.manual_seed(0)
-    torch.testing.assert_close(layer.state_dict(), make("cpu").state_dict(), rtol=0, atol=0)
-
-
-def test_repr() -> None:
-    assert repr(IndRNN(3, 4)) == "IndRNN(3, 4)"
-    layer = IndRNN(3, 4, 2, bias=False, dropout=0.1, bidirectional=True, residual=True, sequence_length=9, grad_clip=1)
-    assert layer.extra_repr() == (
-        "3, 4, num_layers=2, bias=False, dropout=0.1, bidirectional=True, residual=True, sequence_length=9, grad_clip=1"
-    )
-    assert IndRNN(3, 4, recurrent_max=1.5).extra_repr() == "3, 4, recurrent_max=1.5"
-    assert IndRNN(3, 4, norm="after", backend="cpp").extra_repr() == "3, 4, norm='after', backend='cpp'"
-    assert repr(IndRNNCell(3, 4)) == "IndRNNCell(3, 4)"
-    cell = IndRNNCell(3, 4, bias=False, nonlinearity="tanh", recurrent_max=1.0)
-    assert repr(cell) == "IndRNNCell(3, 4, bias=False, nonlinearity='tanh', recurrent_max=1.0)"
-
-
 @pytest.mark.parametrize("norm", [None, "before", "after"])
 def test_autocast(norm: str | None) -> None:
     torch.manual_seed(0)
@@ -459,20 +406,6 @@ def test_functional_transforms() -> None:
     torch.testing.assert_close(list(grads.values()), list(expected))
     per_row = torch.func.vmap(torch.func.grad(loss), (None, 1))(parameters, x)  # unbatched rows
     torch.testing.assert_close([g.sum(0) for g in per_row.values()], list(expected))
-
-
-def test_distributed_data_parallel(tmp_path: Any) -> None:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        layer = IndRNN(D, H, 2, norm="after", bidirectional=True, sequence_length=5)
-        ddp = nn.parallel.DistributedDataParallel(layer)
-        for _ in range(2):  # the second would fail if a parameter had been left without a gradient
-            ddp(torch.randn(5, 2, D))[0].sum().backward()
-        assert all(p.grad is not None for p in layer.parameters())
-    finally:
-        dist.destroy_process_group()
 
 
 def test_empty_batches() -> None:

@@ -75,6 +75,7 @@ class AdditiveAttention(nn.Module):
         self.key_dim = key_dim
         self.attn_dim = attn_dim
         self.activation = activation
+        self.bias = bias
         self.backend = backend
         self.project_query = nn.Linear(query_dim, attn_dim, bias=False, device=device, dtype=dtype)
         self.project_keys = nn.Linear(key_dim, attn_dim, bias=bias, device=device, dtype=dtype)
@@ -121,7 +122,7 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         options = [str(self.query_dim), str(self.key_dim), str(self.attn_dim)]
-        return ", ".join(options + changed_options(self, activation="tanh", backend=None))
+        return ", ".join(options + changed_options(self, activation="tanh", bias=True, backend=None))
 
 
 class AttentionStep(NamedTuple):
@@ -230,7 +231,11 @@ class AttentionLSTMCell(nn.Module):
         return AttentionStep(h, c, context, weights)
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}"
+        attention = self.attention
+        options = [str(n) for n in (self.input_size, self.hidden_size, attention.key_dim, attention.attn_dim)]
+        if self.gate is None:
+            options.append("gate=False")
+        return ", ".join(options + changed_options(attention, activation="tanh", backend=None))
 
 
 def _check(layer: str, name: str, value: Tensor, symbols: str, width: int) -> None:

@@ -311,8 +311,8 @@ class SlotAttention(nn.Module):
         if self.input_dim != self.dim:
             options.append(f"input_dim={self.input_dim}")
         options += changed_options(
-            self, iters=3, heads=1, eps=1e-8, eps_mode="add", temperature=1.0, head_softmax="slots", init="gaussian",
-            update="gru", grad_mode="full", backend=None,
+            self, iters=3, mlp_dim=128, heads=1, eps=1e-8, eps_mode="add", temperature=1.0, head_softmax="slots",
+            bias=False, ln_eps=1e-5, init="gaussian", update="gru", grad_mode="full", backend=None,
         )  # fmt: skip
         return ", ".join(options)
 
