@@ -10,24 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_layers_gated import D, H, flat, randomise
 from torch import Tensor, nn
 
 import recattn_kernels as rk
 from recattn_kernels import BackendUnavailableError, GRUCell, LSTMCell, RNNCell, use_backend
 
-D, H = 3, 4
 CELLS = {"RNNCell": RNNCell, "LSTMCell": LSTMCell, "GRUCell": GRUCell}
 LAYERS = {"RNNCell": rk.RNN, "LSTMCell": rk.LSTM, "GRUCell": rk.GRU}
-
-
-def flat(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
-
-
-def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / 2)
 
 
 def make_state(
