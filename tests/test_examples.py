@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -27,12 +27,10 @@ def run_example(name: str, *args: str) -> str:
 
 
 def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "examples" / name)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
+    folder = str(ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)  # they import each other
+    return importlib.import_module(name.removesuffix(".py"))
 
 
 def test_adding_problem(tmp_path: Path) -> None:
@@ -101,12 +99,11 @@ SLOT_PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy")
 
 
 @pytest.fixture
-def slot_examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+def slot_examples() -> dict[str, ModuleType]:
     for package in SLOT_PACKAGES:
         pytest.importorskip(package)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # they import each other
     names = ("slot_scenes", "slot_discovery", "slot_set_prediction")
-    return {name: importlib.import_module(name) for name in names}
+    return {name: load_example(name) for name in names}
 
 
 @pytest.mark.parametrize("kind", ["tetrominoes", "sprites"])

@@ -39,7 +39,7 @@ def test_captioning(attention: str, tmp_path: Path) -> None:
 def test_captioning_scenes() -> None:
     for package in CAPTIONING_PACKAGES:
         pytest.importorskip(package)
-    example = load_example("captioning.py")
+    example = load_example("captioning_scenes.py")
     for held_out in (False, True):
         scenes = example.draw_scenes((0, 1), 40, held_out)
         assert {len(scene.captions) for scene in scenes} == {2, 4}
@@ -71,34 +71,34 @@ def test_captioning_scenes() -> None:
 def test_captioning_search_and_score() -> None:
     for package in CAPTIONING_PACKAGES:
         pytest.importorskip(package)
-    example = load_example("captioning.py")
-    options = example.Options("soft", 8, 8, 8, 4, 4, 1.0, 1e-3, 1.0, 0.0, 2, 0, None)
+    example, model, drawn = (load_example(f"captioning{part}.py") for part in ("", "_model", "_scenes"))
+    options = model.Options("soft", 8, 8, 8, 4, 4, 1.0, 1e-3, 1.0, 0.0, 2, 0, None)
     torch.manual_seed(0)
-    network = example.Captioner(options).eval()
+    network = model.Captioner(options).eval()
     with torch.no_grad():
         network.readout.weight *= 8  # sure of its words, and never of where to end at once
-    scenes = example.draw_scenes((0, 2), 6, False)
-    image = example.images(scenes)
-    (greedy,) = ([c.words for c in example.beam_search(network, image, 1)],)
+    scenes = drawn.draw_scenes((0, 2), 6, False)
+    image = drawn.images(scenes)
+    (greedy,) = ([c.words for c in model.beam_search(network, image, 1)],)
 
     def follow(caption: list[int]) -> tuple[Any, list[int]]:
         """The mean log-likelihood of a caption's words, and at each the likeliest, by teacher forcing."""
-        words = torch.tensor([[example.INDEX[example.START], *caption]])
+        words = torch.tensor([[drawn.INDEX[drawn.START], *caption]])
         with torch.no_grad():
             logits, _, _ = network(image[row : row + 1], words[:, :-1], None)
-        logits[..., [example.INDEX[example.PAD], example.INDEX[example.START]]] = -math.inf
+        logits[..., [drawn.INDEX[drawn.PAD], drawn.INDEX[drawn.START]]] = -math.inf
         found = logits.log_softmax(2)[0]
         return found.gather(1, words[0, 1:, None]).mean(), found.argmax(1).tolist()
 
-    wide = example.beam_search(network, image, 4)
+    wide = model.beam_search(network, image, 4)
     for row in range(len(scenes)):
         assert follow(greedy[row])[1] == greedy[row]
         assert follow(wide[row].words)[0] >= follow(greedy[row])[0] - 1e-5
-        assert wide[row].weights.shape == (len(wide[row].words), example.GRID**2)
+        assert wide[row].weights.shape == (len(wide[row].words), model.GRID**2)
         torch.testing.assert_close(wide[row].weights.sum(1), torch.ones(len(wide[row].words)))
 
-    caption = [example.Caption(example.encode([scene.captions[-1]])[0, 1:].tolist(), None) for scene in scenes]
+    caption = [model.Caption(drawn.encode([scene.captions[-1]])[0, 1:].tolist(), None) for scene in scenes]
     perfect = example.measure(caption, scenes)
     assert perfect == {**{f"bleu_{n}": pytest.approx(1.0) for n in range(1, 5)}, "right": 1.0}
-    caption[0] = example.Caption(example.encode(["a a a a a a"])[0, 1:].tolist(), None)
+    caption[0] = model.Caption(drawn.encode(["a a a a a a"])[0, 1:].tolist(), None)
     assert example.measure(caption, scenes)["bleu_4"] < perfect["bleu_4"]

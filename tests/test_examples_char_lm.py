@@ -64,7 +64,8 @@ def test_char_lm_resumes_exactly(model: str, tmp_path: Path, monkeypatch: pytest
 
     example = load_example("char_lm.py")
     (tmp_path / "rhyme").write_text(20 * RHYME)
-    text, console = example.read_text(str(tmp_path / "rhyme")), Console(quiet=True)
+    text = load_example("char_lm_text.py").read_text(str(tmp_path / "rhyme"))
+    console = Console(quiet=True)
     options = char_lm_options(example, tmp_path / "rhyme", model=model)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
@@ -103,17 +104,17 @@ def test_char_lm_resumes_exactly(model: str, tmp_path: Path, monkeypatch: pytest
 def test_char_lm_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in CHAR_LM_PACKAGES:
         pytest.importorskip(package)
-    example = load_example("char_lm.py")
+    reading, example = load_example("char_lm_text.py"), load_example("char_lm_model.py")
     # "aab": of 3 + 2 counts a has 3; of the pairs (a, .) 2 + 2, each has 2; of (b, .) each has 1 of 2.
     train, ids = torch.tensor([0, 0, 1]), torch.tensor([[0], [1], [0]])
-    baselines = example.count_baselines(train, ids, 2)
+    baselines = reading.count_baselines(train, ids, 2)
     assert baselines["unigram"] == pytest.approx(-(math.log2(2 / 5) + math.log2(3 / 5)) / 2)
     assert baselines["bigram"] == pytest.approx(1.0)
 
     (tmp_path / "rhyme").write_text(20 * RHYME)
-    text = example.read_text(str(tmp_path / "rhyme"))
-    assert torch.cat((text.train, text.validation, text.test)).equal(example.encode(20 * RHYME, text.vocabulary))
-    columns = example.streams(text.validation, 3)
+    text = reading.read_text(str(tmp_path / "rhyme"))
+    assert torch.cat((text.train, text.validation, text.test)).equal(reading.encode(20 * RHYME, text.vocabulary))
+    columns = reading.streams(text.validation, 3)
     assert columns.t().flatten().equal(text.validation[: columns.numel()])
     # In pieces, with the state carried over, as in one.
     torch.manual_seed(0)
@@ -130,7 +131,7 @@ def test_char_lm_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_char_lm_options_of_the_layers(tmp_path: Path) -> None:
     for package in CHAR_LM_PACKAGES:
         pytest.importorskip(package)
-    example = load_example("char_lm.py")
+    example = load_example("char_lm_model.py")
     for model, name in example.GATED.items():
         if not hasattr(recattn_kernels, name):
             pytest.skip(f"recattn_kernels has no {name}")
