@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.gated_cell import LSTMCell
-from recattn_kernels.layers.indrnn_cell import changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
@@ -241,6 +241,4 @@ class AttentionLSTMCell(nn.Module):
 def _check(layer: str, name: str, value: Tensor, symbols: str, width: int) -> None:
     checks.tensor(layer, name, value)
     checks.rank(layer, name, value, symbols)
-    if value.shape[-1] != width:
-        last = symbols.strip("()").split(", ")[-1]
-        raise ValueError(f"{layer}: {name} must be {symbols} with {last} = {width}, got {tuple(value.shape)}")
+    checks.width(layer, name, value, symbols, symbols.strip("()").split(", ")[-1], width)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
-from recattn_kernels.layers.indrnn_cell import changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse
 
 COMBINATIONS = ("additive", "multiplicative")
