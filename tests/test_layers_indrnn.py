@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 
+from recattn_kernels.layers.batch_norm import batch_norm
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
-from recattn_kernels.layers.norm import batch_norm
 
 D, H = 3, 4
 
