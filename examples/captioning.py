@@ -35,15 +35,17 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
+from captioning_model import GRID, Baseline, Caption, Captioner, Options, beam_search, loss_of
+from captioning_scenes import SIZE, WORDS, Scene, decode, draw_scenes, encode, images
+from checkpoints import check_resumed, save
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,29 +53,6 @@ from rich.table import Table
 from sacrebleu.metrics import BLEU
 from torch import Tensor, nn
 
-from recattn_kernels import AttentionLSTMCell
-
-SIZE, GRID = 48, 12  # pixels, and feature vectors, to a side
-SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {
-    "red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.9, 0.2),
-    "purple": (0.6, 0.2, 0.75), "white": (0.95, 0.95, 0.95),
-}  # fmt: skip
-SIZES = {"small": 5.0, "large": 9.0}  # half of the width, in pixels
-HELD_OUT = {
-    ("small", "red", "triangle"), ("large", "blue", "triangle"), ("small", "green", "circle"),
-    ("large", "white", "circle"), ("small", "yellow", "cross"), ("large", "red", "cross"),
-    ("small", "blue", "square"), ("large", "purple", "square"),
-}  # fmt: skip
-RELATIONS = {"to the left of": "to the right of", "above": "below"}
-PLACES = (("in the top left corner", "at the top", "in the top right corner"),
-          ("on the left", "in the middle", "on the right"),
-          ("in the bottom left corner", "at the bottom", "in the bottom right corner"))  # fmt: skip
-PAD, START, END = "<pad>", "<start>", "<end>"
-PLACED = " ".join((*itertools.chain(*PLACES), *RELATIONS, *RELATIONS.values()))
-WORDS = (PAD, START, END, *sorted({*SHAPES, *COLOURS, *SIZES, *PLACED.split(), "a", "is", "there"}))
-INDEX = {word: i for i, word in enumerate(WORDS)}
-LONGEST = 20  # words of a caption, its end included
 TRAINING, CHOICES, VALIDATION, TEST = range(4)  # what a seed is for
 
 
@@ -82,285 +61,7 @@ class Attention(str, Enum):
     hard = "hard"
 
 
-# Scenes
-
-
-class Thing(NamedTuple):
-    size: str
-    colour: str
-    shape: str
-    x: float
-    y: float
-
-    @property
-    def held_out(self) -> bool:
-        return self[:3] in HELD_OUT
-
-    @property
-    def words(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
-
-
-class Scene(NamedTuple):
-    image: np.ndarray[Any, Any]  # (3, SIZE, SIZE), float32
-    captions: tuple[str, ...]  # all that are right
-
-
-def draw_thing(rng: np.random.Generator) -> Thing:
-    size, colour, shape = (str(rng.choice(list(names))) for names in (SIZES, COLOURS, SHAPES))
-    x, y = rng.uniform(SIZES[size] + 1, SIZE - 1 - SIZES[size], 2)
-    return Thing(size, colour, shape, x, y)
-
-
-def relation(a: Thing, b: Thing) -> str | None:
-    """Where a is, seen from b. None where they are too close to each other, or to a diagonal, to tell."""
-    dx, dy = a.x - b.x, a.y - b.y
-    if max(abs(dx), abs(dy)) < SIZES[a.size] + SIZES[b.size] + 1 or abs(abs(dx) - abs(dy)) < 6:
-        return None
-    first, second = next(iter(RELATIONS.items())) if abs(dx) > abs(dy) else list(RELATIONS.items())[1]
-    return first if (dx if abs(dx) > abs(dy) else dy) < 0 else second
-
-
-def captions(things: Sequence[Thing]) -> tuple[str, ...]:
-    if len(things) == 1:
-        (thing,) = things
-        ends = [(thing.words, PLACES[int(3 * thing.y / SIZE)][int(3 * thing.x / SIZE)])]
-    else:
-        ends = [(a.words, f"{relation(a, b)} {b.words}") for a, b in itertools.permutations(things)]
-    return tuple(form.format(*end) for end in ends for form in ("{0} is {1}", "there is {0} {1}"))
-
-
-def clear(things: Sequence[Thing]) -> bool:
-    """Whether the words for where things are leave no doubt."""
-    if len(things) == 2:
-        return relation(*things) is not None
-    return all(abs(v - edge) > 2 for v in things[0][3:] for edge in (SIZE / 3, 2 * SIZE / 3))
-
-
-def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
-    image = np.full((3, SIZE, SIZE), 0.1) + rng.normal(0, 0.02, (3, SIZE, SIZE))
-    for thing in things:
-        x, y, r = columns - thing.x, rows - thing.y, SIZES[thing.size]
-        inside = {
-            "circle": x**2 + y**2 < r**2,
-            "square": np.maximum(abs(x), abs(y)) < 0.85 * r,
-            "triangle": (y < 0.8 * r) & (2 * abs(x) < y + r),
-            "cross": (np.minimum(abs(x), abs(y)) < r / 3) & (np.maximum(abs(x), abs(y)) < r),
-        }[thing.shape]
-        image[:, inside] = np.array(COLOURS[thing.colour])[:, None] * rng.uniform(0.85, 1.0)
-    return image.astype(np.float32)
-
-
-def draw_scene(rng: np.random.Generator, held_out: bool) -> Scene:
-    """held_out: with a thing that is, else without any."""
-    count = 1 if rng.random() < 0.25 else 2
-    while True:
-        things = [draw_thing(rng) for _ in range(count)]
-        if any(thing.held_out for thing in things) == held_out and clear(things):
-            return Scene(render(things, rng), captions(things))
-
-
-def draw_scenes(seed: Sequence[int], count: int, held_out: bool) -> list[Scene]:
-    rng = np.random.default_rng(list(seed))
-    return [draw_scene(rng, held_out) for _ in range(count)]
-
-
-def images(scenes: Sequence[Scene]) -> Tensor:
-    return torch.from_numpy(np.stack([scene.image for scene in scenes]))
-
-
-def encode(texts: Sequence[str]) -> Tensor:
-    """Words (B, longest + 2) from <start> to <end>, padded."""
-    rows = [torch.tensor([INDEX[word] for word in (START, *text.split(), END)]) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=INDEX[PAD])
-
-
-def decode(words: Sequence[int]) -> str:
-    texts = itertools.takewhile(lambda word: word != END, (WORDS[i] for i in words))
-    return " ".join(text for text in texts if text != START)
-
-
-# Model
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a training depends on: a checkpoint holds it."""
-
-    attention: str
-    features: int
-    hidden: int
-    width: int
-    batch: int
-    steps: int
-    minutes: float
-    lr: float
-    penalty: float
-    entropy: float
-    evaluate_every: int
-    seed: int
-    backend: str | None
-
-
-def convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module:
-    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Encoder(nn.Module):
-    """Pictures (B, 3, SIZE, SIZE) to features (B, GRID * GRID, D), each with its place added."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        half = features // 2
-        self.layers = nn.Sequential(
-            convolution(3, half, 5, 2), convolution(half, features, 3, 2), convolution(features, features, 3, 1),
-            nn.Conv2d(features, features, 3, padding=1),
-        )  # fmt: skip
-        self.place = nn.Linear(4, features)
-        line = torch.linspace(-1, 1, GRID)
-        y, x = torch.meshgrid(line, line, indexing="ij")
-        self.register_buffer("places", torch.stack((x, y, -x, -y), -1).flatten(0, 1), persistent=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        features = self.layers(image).flatten(2).transpose(1, 2)
-        return F.relu(features + self.place(self.places))
-
-
-class State(NamedTuple):
-    h: Tensor
-    c: Tensor
-
-
-class Look(NamedTuple):
-    """What a step of the decoder saw: its logits come of h and context."""
-
-    state: State
-    context: Tensor
-    weights: Tensor
-    log_prob: Tensor | None  # of the position that was drawn
-
-
-class Captioner(nn.Module):
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        D, H = options.features, options.hidden
-        self.hard = options.attention == "hard"
-        self.encoder = Encoder(D)
-        self.embedding = nn.Embedding(len(WORDS), H, padding_idx=INDEX[PAD])
-        self.first = nn.Linear(D, 2 * H)
-        self.cell = AttentionLSTMCell(H, H, D, options.width, backend=options.backend)
-        self.from_h, self.from_context = nn.Linear(H, H), nn.Linear(D, H, bias=False)
-        self.readout = nn.Linear(H, len(WORDS))
-
-    def start(self, features: Tensor) -> State:
-        return State(*torch.tanh(self.first(features.mean(1))).chunk(2, 1))
-
-    def look(
-        self, words: Tensor, state: State, features: Tensor, projected: Tensor, soft: Tensor | None = None
-    ) -> Look:
-        """One step after words (B,). soft (B,): of a hard decoder in training, the rows that take the expectation."""
-        context, weights = self.cell.attend(state.h, features, projected=projected)
-        log_prob = None
-        if self.hard:
-            at = weights.argmax(1) if soft is None else torch.multinomial(weights.detach(), 1).squeeze(1)
-            drawn = features[torch.arange(len(at)), at]
-            context = drawn if soft is None else torch.where(soft[:, None], context, drawn)
-            log_prob = weights.gather(1, at[:, None]).squeeze(1).clamp_min(1e-30).log()
-        h, c, context = self.cell.step(self.embedding(words), context, state)
-        return Look(State(h, c), context, weights, log_prob)
-
-    def logits(self, words: Tensor, h: Tensor, context: Tensor) -> Tensor:
-        return self.readout(torch.tanh(self.embedding(words) + self.from_h(h) + self.from_context(context)))
-
-    def forward(self, image: Tensor, words: Tensor, soft: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Teacher forcing on words (B, T): logits (B, T, words), weights (B, T, N), log_probs (B, T) of a hard one."""
-        features = self.encoder(image)
-        projected, state, looks = self.cell.precompute(features), self.start(features), []
-        for word in words.unbind(1):
-            looks.append(self.look(word, state, features, projected, soft))
-            state = looks[-1].state
-        h, context, weights = (
-            torch.stack(parts, 1) for parts in zip(*((s.state.h, s.context, s.weights) for s in looks), strict=True)
-        )
-        log_probs = torch.stack([s.log_prob for s in looks if s.log_prob is not None], 1) if self.hard else None
-        return self.logits(words, h, context), weights, log_probs
-
-
-@dataclass
-class Baseline:
-    """A moving average of what REINFORCE maximises: the log-likelihood of a word."""
-
-    value: float = 0.0
-    seen: int = 0
-
-    def update(self, reward: float) -> None:
-        self.seen += 1
-        self.value += (reward - self.value) * max(0.02, 1 / self.seen)
-
-
-def loss_of(
-    network: Captioner, image: Tensor, words: Tensor, options: Options, baseline: Baseline
-) -> tuple[Tensor, float]:
-    """The loss of a batch, and the mean negative log-likelihood of a word."""
-    inputs, targets = words[:, :-1], words[:, 1:]
-    valid = (targets != INDEX[PAD]).float()
-    soft = torch.rand(len(words)) < 0.5 if network.hard else None
-    logits, weights, log_probs = network(image, inputs, soft)
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * valid
-    nll = losses.sum() / valid.sum()
-    seen = (weights * valid.unsqueeze(2)).sum(1)  # (B, N): how much attention a position got in all
-    loss = nll + options.penalty * (1 - seen).square().mean()
-    if log_probs is not None and soft is not None:
-        reward = -losses.detach().sum(1) / valid.sum(1)
-        drawn = valid * ~soft[:, None]
-        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(2)
-        surprise = (reward - baseline.value)[:, None] * log_probs * drawn
-        loss = loss - (surprise.sum() + options.entropy * (entropy * valid).sum()) / valid.sum()
-        baseline.update(reward.mean().item())
-    return loss, nll.item()
-
-
-class Caption(NamedTuple):
-    words: list[int]
-    weights: Tensor  # (words, N): where the decoder looked for each
-
-
-@torch.no_grad()
-def beam_search(network: Captioner, image: Tensor, width: int) -> list[Caption]:
-    """The likeliest caption of each picture, by the mean log-likelihood of its words, among `width` at a time."""
-    features = network.encoder(image)
-    B, N, _ = features.shape
-    projected = network.cell.precompute(features)
-    # A row for each beam of each picture. Keys and values are computed once a picture.
-    features, projected = (t.repeat_interleave(width, 0) for t in (features, projected))
-    state = network.start(features)
-    words = torch.full((B * width, 1), INDEX[START])
-    weights = features.new_zeros(B * width, 0, N)
-    scores = features.new_full((B, width), -math.inf)
-    scores[:, 0] = 0.0  # the beams start equal: only one counts
-    best: list[tuple[float, Caption]] = [(-math.inf, Caption([], features.new_zeros(0, N)))] * B
-    rows = torch.arange(B)[:, None] * width
-    for step in range(1, LONGEST + 1):
-        look = network.look(words[:, -1], state, features, projected)
-        likelihood = network.logits(words[:, -1], look.state.h, look.context).log_softmax(1)
-        likelihood[:, [INDEX[PAD], INDEX[START]]] = -math.inf
-        scores, chosen = (scores[:, :, None] + likelihood.view(B, width, -1)).flatten(1).topk(width)
-        beam, word = (rows + chosen // len(WORDS)).flatten(), chosen.flatten() % len(WORDS)
-        state = State(*(t[beam] for t in look.state))
-        words = torch.cat((words[beam], word[:, None]), 1)
-        weights = torch.cat((weights[beam], look.weights[beam, None]), 1)
-        ended = (word == INDEX[END]).view(B, width) if step < LONGEST else torch.ones(B, width, dtype=torch.bool)
-        for b, k in ended.nonzero().tolist():
-            score, row = scores[b, k].item() / step, b * width + k
-            if score > best[b][0]:
-                best[b] = score, Caption(words[row, 1:].tolist(), weights[row])
-        scores = scores.masked_fill(ended, -math.inf)
-        # At best a beam's remaining words are certain, and as many as can be.
-        if (scores.max(1).values / LONGEST < torch.tensor([score for score, _ in best])).all():
-            break
-    return [caption for _, caption in best]
+# Captions of new pictures
 
 
 def write(network: Captioner, scenes: Sequence[Scene], width: int, batch: int = 100) -> list[Caption]:
@@ -384,13 +85,6 @@ def measure(written: Sequence[Caption], scenes: Sequence[Scene]) -> dict[str, fl
 
 
 # Training
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: an interrupted write leaves the old file."""
-    part = path.with_suffix(".part")
-    torch.save(checkpoint, part)
-    part.replace(path)
 
 
 def batch_of(step: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -530,11 +224,7 @@ def main(
     )  # fmt: skip
     checkpoint = None
     if resume:
-        free = {"resume", "out", "steps", "minutes", "beam", "test", "shown"}
-        for key in context.params:
-            source = context.get_parameter_source(key)
-            if key not in free and source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+        check_resumed(context, {"steps", "minutes", "beam", "test", "shown"})
         checkpoint = torch.load(out / "last.pt", weights_only=True)
         options = Options(**checkpoint["options"])
         options = replace(options, steps=steps or options.steps, minutes=minutes or options.minutes)

@@ -32,6 +32,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from checkpoints import check_resumed, save
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -181,13 +182,6 @@ def catch_rate(agent: Agent) -> float:
     game = Catch(TEST_GAMES, torch.Generator().manual_seed(TEST_SEED))
     agent.play(game)
     return game.caught().float().mean().item()
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """By way of another file: one that is interrupted leaves the last checkpoint whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
-    partial.replace(path)
 
 
 def train(
@@ -348,11 +342,7 @@ def main(
     )  # fmt: skip
     checkpoint = None
     if resume:
-        free = {"resume", "out", "steps", "minutes", "evaluate_every", "film_games"}
-        for key in context.params:
-            source = context.get_parameter_source(key)
-            if key not in free and source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+        check_resumed(context, {"steps", "minutes", "evaluate_every", "film_games"})
         checkpoint = torch.load(out / "last.pt", weights_only=True)
         options = Options(**checkpoint["options"])
         options = replace(options, steps=steps or options.steps, minutes=minutes or options.minutes)

@@ -26,32 +26,36 @@ fewer steps.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from pydoc_data import topics
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
+from char_lm_model import (
+    GATED,
+    CharacterModel,
+    Options,
+    State,
+    bits_per_character,
+    detach,
+    evaluate,
+    loss_in_bits,
+    sample,
+)
+from char_lm_text import Text, count_baselines, encode, read_text, streams
+from checkpoints import check_resumed, save
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-import recattn_kernels
-from recattn_kernels import IndRNN
-
-EMBEDDING = 64
-EVALUATION_STREAMS, EVALUATION_STEPS = 10, 500
-GATED = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}  # classes of recattn_kernels and of torch.nn
-State = Tensor | tuple[Tensor, ...] | None
+EVALUATION_STREAMS = 10
 
 
 class Model(str, Enum):
@@ -76,165 +80,6 @@ RECIPES = {
     "gru": Recipe("GRU", 1, 5e-3),
     "rnn": Recipe("RNN (tanh)", 1, 2e-3),
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a training depends on: a checkpoint holds it."""
-
-    model: str
-    text: str | None
-    torch: bool
-    hidden: int
-    layers: int
-    steps: int
-    batch: int
-    epochs: int
-    minutes: float
-    lr: float
-    clip: float
-    dropout: float
-    zoneout: float
-    layer_norm: bool
-    evaluate_every: int | None
-    seed: int
-    backend: str | None
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text's characters, as indices (length,) into its vocabulary."""
-
-    vocabulary: str
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    digest: str
-
-
-def read_text(path: str | None) -> Text:
-    text = "\n".join(topics.topics.values()) if path is None else Path(path).read_text(encoding="utf-8")
-    vocabulary = "".join(sorted(set(text)))  # of the whole text: a model can name what it has not seen in training
-    ids = encode(text, vocabulary)
-    train, validation, test = ids.tensor_split((int(0.9 * len(ids)), int(0.95 * len(ids))))
-    return Text(vocabulary, train, validation, test, hashlib.sha256(text.encode()).hexdigest())
-
-
-def encode(text: str, vocabulary: str) -> Tensor:
-    index = {character: i for i, character in enumerate(vocabulary)}
-    return torch.tensor([index[character] for character in text])
-
-
-def streams(ids: Tensor, batch: int) -> Tensor:
-    """ids (length,) cut into parallel streams (length // batch, batch)."""
-    length = len(ids) // batch
-    if length < 2:
-        raise typer.BadParameter(f"of the text, {len(ids)} characters are too few for {batch} streams")
-    return ids[: length * batch].view(batch, length).t().contiguous()
-
-
-class CharacterModel(nn.Module):
-    """Embedded characters, a recurrence, and a linear read-out at every step."""
-
-    def __init__(self, options: Options, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, EMBEDDING)
-        if options.model in GATED:
-            extra: dict[str, Any] = {}
-            if not options.torch:
-                extra = {"zoneout": options.zoneout, "layer_norm": options.layer_norm, "backend": options.backend}
-            kind = getattr(nn if options.torch else recattn_kernels, GATED[options.model])
-            self.rnn = kind(EMBEDDING, options.hidden, options.layers, dropout=options.dropout, **extra)
-        else:
-            self.rnn = IndRNN(
-                EMBEDDING, options.hidden, options.layers, norm="before", residual=options.model == "indrnn-21",
-                dropout=options.dropout, recurrent_max=2 ** (1 / length), backend=options.backend,
-            )  # fmt: skip
-            for k in range(options.layers):
-                nn.init.uniform_(getattr(self.rnn, f"weight_hh_l{k}"), 0.0, 0.5)
-        self.readout = nn.Linear(options.hidden, vocabulary)
-
-    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Characters ids (T, B): logits (T, B, vocabulary) of those that follow, and the state after the last."""
-        output, state = self.rnn(self.embedding(ids), state)
-        return self.readout(output), state
-
-    def after_step(self) -> None:
-        if isinstance(self.rnn, IndRNN):
-            self.rnn.clamp_recurrent_()
-
-
-def detach(state: State) -> State:
-    return tuple(s.detach() for s in state) if isinstance(state, tuple) else None if state is None else state.detach()
-
-
-def loss_in_bits(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / math.log(2)
-
-
-@torch.no_grad()
-def bits_per_character(network: CharacterModel, ids: Tensor) -> float:
-    """Over parallel streams (length, B), each read from a zero state to its end."""
-    state: State = None
-    total = 0.0
-    for i in range(0, len(ids) - 1, EVALUATION_STEPS):
-        chunk = ids[i : i + EVALUATION_STEPS + 1]
-        logits, state = network(chunk[:-1], state)
-        total += loss_in_bits(logits, chunk[1:]).item() * (len(chunk) - 1)
-    return total / (len(ids) - 1)
-
-
-def evaluate(network: CharacterModel, train: Tensor, validation: Tensor) -> float:
-    network.eval()
-    # BatchNorm's statistics anew, as the mean over some of the training text: running averages trail behind weights
-    # that change fast, and more in every layer.
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean; training itself does not use the averages
-        norm.train()
-    if norms:
-        bits_per_character(network, train[: len(validation)])
-    network.eval()
-    bits = bits_per_character(network, validation)
-    network.train()
-    return bits
-
-
-def count_baselines(train: Tensor, ids: Tensor, vocabulary: int) -> dict[str, float]:
-    """Bits a character of streams ids (length, B) under the counts of train (length,), each with one added."""
-    ones = torch.ones(vocabulary, vocabulary, dtype=torch.float64)
-    unigram = ones[0].index_put((train,), ones.new_ones(()), accumulate=True)
-    bigram = ones.index_put((train[:-1], train[1:]), ones.new_ones(()), accumulate=True)
-    probability = {
-        "unigram": (unigram / unigram.sum())[ids[1:]],
-        "bigram": (bigram / bigram.sum(1, keepdim=True))[ids[:-1], ids[1:]],
-    }
-    return {name: -p.log2().mean().item() for name, p in probability.items()}
-
-
-@torch.no_grad()
-def sample(network: CharacterModel, vocabulary: str, prime: str, characters: int, temperature: float, seed: int) -> str:
-    """prime, and characters drawn from softmax(logits / temperature); at temperature 0 always the likeliest."""
-    network.eval()
-    generator = torch.Generator().manual_seed(seed)
-    ids, state, text = encode(prime, vocabulary), None, prime
-    for _ in range(characters):
-        logits, state = network(ids.unsqueeze(1), state)
-        last = logits[-1, 0]
-        if temperature > 0:
-            ids = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
-        else:
-            ids = last.argmax(-1, keepdim=True)
-        text += vocabulary[int(ids)]
-    return text
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: an interrupted write leaves the old file."""
-    part = path.with_suffix(".part")
-    torch.save(checkpoint, part)
-    part.replace(path)
 
 
 def train(
@@ -423,11 +268,7 @@ def main(
 
     checkpoint = None
     if resume:
-        free = {"resume", "out", "epochs", "minutes", "characters", "temperature", "prime"}
-        for key in context.params:
-            source = context.get_parameter_source(key)
-            if key not in free and source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+        check_resumed(context, {"epochs", "minutes", "characters", "temperature", "prime"})
         checkpoint = torch.load(out / "last.pt", weights_only=True)
         options = Options(**checkpoint["options"])
         options = replace(options, epochs=epochs or options.epochs, minutes=minutes or options.minutes)

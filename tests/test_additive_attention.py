@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 from typing import Any
 
@@ -181,21 +179,13 @@ def test_precomputed_keys_train_as_the_others_do() -> None:
     torch.testing.assert_close(torch.autograd.grad(once, inputs), torch.autograd.grad(every, inputs))
 
 
-def test_layer_is_a_module() -> None:
-    attention = AdditiveAttention(7, 6, 4, activation="relu", bias=False, dtype=torch.float64, backend="reference")
+def test_parameters_and_autocast_of_the_layer() -> None:
+    attention = AdditiveAttention(7, 6, 4, bias=False)
     assert {name: tuple(p.shape) for name, p in attention.named_parameters()} == {
         "weight": (4,), "project_query.weight": (4, 7), "project_keys.weight": (4, 6),
     }  # fmt: skip
-    assert all(p.dtype == torch.float64 for p in attention.parameters())
-    assert "7, 6, 4, activation='relu', backend='reference'" in repr(attention)
-    query, keys = torch.randn(B, 7, dtype=torch.float64), torch.randn(B, N, 6, dtype=torch.float64)
-    for clone in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
-        assert clone(query, keys).equal(attention(query, keys))
-    on_meta = AdditiveAttention(7, 6, 4, device="meta").to_empty(device="cpu")
-    on_meta.reset_parameters()
-    assert all(p.isfinite().all() and p.ne(0).any() for p in on_meta.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        assert AdditiveAttention(7, 6, 4)(query.float(), keys.float()).dtype == torch.bfloat16
+        assert AdditiveAttention(7, 6, 4)(torch.randn(B, 7), torch.randn(B, N, 6)).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -37,7 +37,7 @@ def test_ram_mnist_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from rich.progress import Progress
 
     example = load_example("ram_mnist.py")
-    digits = example.read_digits()
+    digits = load_example("ram_mnist_images.py").read_digits()
     options = example.Options(
         task="translated", model="ram", glimpses=2, hidden=8, core="lstm", std=0.2, samples=2, optimizer="adam",
         lr=1e-2, batch=1000, epochs=2, minutes=float("inf"), seed=0, backend=None,
@@ -65,7 +65,7 @@ def test_ram_mnist_images() -> None:
         pytest.importorskip(package)
     import numpy as np
 
-    example = load_example("ram_mnist.py")
+    example = load_example("ram_mnist_images.py")
     train, test = example.read_digits()
     assert (len(train.labels), len(test.labels)) == (4000, 1000)
     assert np.bincount(test.labels).tolist() == [100] * 10

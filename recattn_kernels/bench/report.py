@@ -25,7 +25,7 @@ PLACES = {"reference": "CPU, GPU", "cpp": "CPU", "triton": "GPU", "cuda": "GPU"}
 
 
 def group(impl: str) -> str:
-    """Rows are compared within a group: the op's, and those of whole layers, whose names begin with "layer:"."""
+    """Rows are compared within a group: what a name has before its colon, as "layer:"; the op's own have none."""
     return impl.partition(":")[0] if ":" in impl else ""
 
 
@@ -37,6 +37,11 @@ def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
         if alike and group(other["impl"]) == group(row["impl"]) and other["median_ms"] is not None:
             return other
     return None
+
+
+def workload_of(row: Row) -> tuple[str, str, str, str]:
+    """What a table, or a chart, has the rows of."""
+    return row["op"], row["workload"], row["device"], row["dtype"]
 
 
 def milliseconds(value: float) -> str:
@@ -68,12 +73,12 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 def show(report: Report) -> None:
     """Prints one table a workload, and what is to be known about the rows."""
     columns = ("pass", "row", "median ms", "10th to 90th percentile", "time ratio", "GB/s", "peak MiB")
-    keys = dict.fromkeys((r["op"], r["workload"], r["device"], r["dtype"]) for r in report.rows)
-    for key in keys:
-        rows = [r for r in report.rows if (r["op"], r["workload"], r["device"], r["dtype"]) == key]
-        work = next((w for w in registry.find(key[0]).workloads if w.name == key[1]), None)
+    for key in dict.fromkeys(map(workload_of, report.rows)):
+        op, workload, device, dtype = key
+        rows = [r for r in report.rows if workload_of(r) == key]
+        work = next((w for w in registry.find(op).workloads if w.name == workload), None)
         sizes = "" if work is None else ", ".join(f"{name} {n}" for name, n in work.sizes.items())
-        title = f"{key[0]} {key[1]}: {sizes}, {key[3]}, {key[2]}"
+        title = f"{op} {workload}: {sizes}, {dtype}, {device}"
         console.table(title, columns, [_cells(r, rows) for r in rows], right=columns[2:])
     if report.rows:
         ratio = "time ratio: to the first row of the op, or of the layers"
@@ -119,11 +124,9 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for key in dict.fromkeys((r["op"], r["workload"], r["device"], r["dtype"]) for r in rows):
-        timed = [
-            r for r in rows
-            if (r["op"], r["workload"], r["device"], r["dtype"]) == key and r["median_ms"] is not None
-        ]  # fmt: skip
+    for key in dict.fromkeys(map(workload_of, rows)):
+        op, workload, device, dtype = key
+        timed = [r for r in rows if workload_of(r) == key and r["median_ms"] is not None]
         passes = list(dict.fromkeys(r["pass"] for r in timed))
         if not passes:
             continue
@@ -136,7 +139,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
             axis.set(xscale="log", xlabel="median time (ms)", title=name)
             axis.margins(x=0.15)
             axis.invert_yaxis()
-        figure.suptitle(f"{key[0]} {key[1]}, {key[3]}, {key[2]}")
+        figure.suptitle(f"{op} {workload}, {dtype}, {device}")
         paths.append(folder / f"{'-'.join(key)}.png")
         figure.savefig(paths[-1], dpi=150)
         plt.close(figure)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.gated_cell import LSTMCell
-from recattn_kernels.layers.indrnn_cell import changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
@@ -75,6 +75,7 @@ class AdditiveAttention(nn.Module):
         self.key_dim = key_dim
         self.attn_dim = attn_dim
         self.activation = activation
+        self.bias = bias
         self.backend = backend
         self.project_query = nn.Linear(query_dim, attn_dim, bias=False, device=device, dtype=dtype)
         self.project_keys = nn.Linear(key_dim, attn_dim, bias=bias, device=device, dtype=dtype)
@@ -121,7 +122,7 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         options = [str(self.query_dim), str(self.key_dim), str(self.attn_dim)]
-        return ", ".join(options + changed_options(self, activation="tanh", backend=None))
+        return ", ".join(options + changed_options(self, activation="tanh", bias=True, backend=None))
 
 
 class AttentionStep(NamedTuple):
@@ -230,12 +231,14 @@ class AttentionLSTMCell(nn.Module):
         return AttentionStep(h, c, context, weights)
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}"
+        attention = self.attention
+        options = [str(n) for n in (self.input_size, self.hidden_size, attention.key_dim, attention.attn_dim)]
+        if self.gate is None:
+            options.append("gate=False")
+        return ", ".join(options + changed_options(attention, activation="tanh", backend=None))
 
 
 def _check(layer: str, name: str, value: Tensor, symbols: str, width: int) -> None:
     checks.tensor(layer, name, value)
     checks.rank(layer, name, value, symbols)
-    if value.shape[-1] != width:
-        last = symbols.strip("()").split(", ")[-1]
-        raise ValueError(f"{layer}: {name} must be {symbols} with {last} = {width}, got {tuple(value.shape)}")
+    checks.width(layer, name, value, symbols, symbols.strip("()").split(", ")[-1], width)

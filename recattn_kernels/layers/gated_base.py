@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.autocast import accepted_dtypes, autocasts, projected_dtype
 from recattn_kernels.layers.gated_backend import fused_backend, vendor_is_faster
-from recattn_kernels.layers.indrnn_cell import autocasts, changed_options
 from recattn_kernels.layers.lstmp import lstmp
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops import sequence
@@ -149,7 +150,7 @@ class Gated(nn.Module):
         for label, state in zip(("hx[0]", "hx[1]") if is_pair else ("hx",), states, strict=True):
             checks.tensor(name, label, state)
             checks.device(name, label, state, "input", input)
-            checks.dtype(name, label, state, checks.FLOATING if autocasts(input) else (input.dtype,))
+            checks.dtype(name, label, state, accepted_dtypes(input, input.dtype))
         return states
 
     def _backend(self, input: Tensor, T: int, B: int, called_with: list[str], *, packed: Tensor | None = None) -> str:
@@ -174,9 +175,7 @@ class Gated(nn.Module):
         # torch.nn refuses empty sequences, and a transform is followed by the reference alone.
         if extras or T == 0 or backends.under_transform():
             return name
-        dtype = input.dtype
-        if dtype != torch.float64 and autocasts(input):
-            dtype = torch.get_autocast_dtype(input.device.type)
+        dtype = projected_dtype(input, input.dtype)
         suffixes = self._suffixes()
         weight_hh: Tensor = getattr(self, "weight_hh" + suffixes[0])
         directions = 2 if getattr(self, "bidirectional", False) else 1

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from recattn_kernels import checks
+from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_base import Gated
-from recattn_kernels.layers.indrnn_cell import autocasts
 
 
 class Cell(Gated, nn.RNNCellBase):
@@ -22,7 +22,7 @@ class Cell(Gated, nn.RNNCellBase):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
         weight_ih = self.weight_ih
         checks.device(name, "input", input, "weight_ih", weight_ih)
-        checks.dtype(name, "input", input, checks.FLOATING if autocasts(input) else (weight_ih.dtype,))
+        checks.dtype(name, "input", input, accepted_dtypes(input, weight_ih.dtype))
         states = self._states(hx, input)
         B = input.shape[0] if dim == 2 else 1
         backend = self._backend(input, 1, B, [])

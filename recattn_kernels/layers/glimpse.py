@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
-from recattn_kernels.layers.indrnn_cell import changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse
 
 COMBINATIONS = ("additive", "multiplicative")
@@ -187,7 +187,7 @@ class GlimpseNetwork(nn.Module):
         return F.relu(what) * F.relu(where)
 
     def extra_repr(self) -> str:
-        return ", ".join([
-            f"{self.channels}, {self.glimpse_size}, scales={self.scales}, hidden_size={self.hidden_size}",
-            *changed_options(self, features=128, glimpse="additive"),
-        ])  # fmt: skip
+        options = changed_options(
+            self, channels=1, glimpse_size=8, scales=1, hidden_size=256, features=128, glimpse="additive"
+        )
+        return ", ".join(options)

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.batch_norm import batch_norm
 from recattn_kernels.layers.indrnn_cell import (
     IndRNNCell,
     bounded,
-    changed_options,
     check_bound,
     check_input,
     check_state,
     initialise_input_weight,
 )
-from recattn_kernels.layers.norm import batch_norm
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.autocast import accepted_dtypes, projected_dtype
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -29,30 +30,15 @@ def initialise_input_weight(weight_ih: Tensor) -> None:
     nn.init.normal_(weight_ih, std=0.01)
 
 
-def changed_options(module: nn.Module, **defaults: Any) -> list[str]:
-    """The options of a module that are not at their defaults, as extra_repr prints them."""
-    values = {name: getattr(module, name) for name in defaults}
-    return [f"{name}={value!r}" for name, value in values.items() if value != defaults[name]]
-
-
 def check_bound(layer: str, recurrent_max: Any) -> None:
     if recurrent_max is not None:
-        checks.positive(layer, "recurrent_max", recurrent_max)
-        if math.isinf(recurrent_max):
-            raise ValueError(f"{layer}: recurrent_max must be finite, got {recurrent_max}")
-
-
-def autocasts(input: Tensor) -> bool:
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        checks.finite_positive(layer, "recurrent_max", recurrent_max)
 
 
 def check_input(layer: str, input: Tensor, symbols: str, weight_ih: Tensor) -> None:
-    D = weight_ih.shape[1]
-    if input.shape[-1] != D:
-        raise ValueError(f"{layer}: input must be {symbols} with D = input_size = {D}, got {tuple(input.shape)}")
+    checks.width(layer, "input", input, symbols, "D = input_size", weight_ih.shape[1])
     checks.device(layer, "input", input, "weight_ih", weight_ih)
-    checks.dtype(layer, "input", input, checks.FLOATING if autocasts(input) else (weight_ih.dtype,))
+    checks.dtype(layer, "input", input, accepted_dtypes(input, weight_ih.dtype))
 
 
 def check_state(
@@ -61,9 +47,7 @@ def check_state(
     checks.tensor(layer, name, state)
     checks.shape(layer, name, state, symbols, expected)
     checks.device(layer, name, state, "input", input)
-    dtype = weight_ih.dtype  # of the projected input
-    if dtype != torch.float64 and autocasts(input):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = projected_dtype(input, weight_ih.dtype)
     checks.dtype(layer, name, state, (dtype, torch.float32) if dtype in checks.SIXTEEN_BIT else (dtype,))
 
 

@@ -50,7 +50,7 @@ def patch_model(model: nn.Module) -> PatchReport:
                 continue
             module.__class__ = OURS[type(module)]
             patched.append(name)
-        elif not isinstance(module, Gated) and (reason := _left(module)) is not None:
+        elif not isinstance(module, Gated) and (reason := _why_left(module)) is not None:
             left[name] = reason
     return PatchReport(tuple(patched), left)
 
@@ -78,7 +78,7 @@ def unpatch_model(model: nn.Module) -> PatchReport:
     return PatchReport(tuple(patched), left)
 
 
-def _left(module: nn.Module) -> str | None:
+def _why_left(module: nn.Module) -> str | None:
     """Why a module is left, if it is a recurrence at all."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript has compiled it" if getattr(module, "original_name", None) in NAMES else None

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
-from recattn_kernels.layers.indrnn_cell import autocasts, changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
@@ -314,11 +315,7 @@ class RecurrentAttention(nn.Module):
     def _check(self, image: Tensor, samples: int) -> None:
         checks.tensor("RecurrentAttention", "image", image)
         checks.rank("RecurrentAttention", "image", image, "(B, C, H, W)")
-        if image.shape[1] != self.channels:
-            raise ValueError(
-                f"RecurrentAttention: image must be (B, C, H, W) with C = channels = {self.channels}, got"
-                f" {tuple(image.shape)}"
-            )
+        checks.width("RecurrentAttention", "image", image, "(B, C, H, W)", "C = channels", self.channels, dim=1)
         checks.dtype("RecurrentAttention", "image", image, (*checks.FLOATING, torch.uint8))
         checks.device("RecurrentAttention", "image", image, "classifier.weight", self.classifier.weight)
         checks.count("RecurrentAttention", "samples", samples)

@@ -11,8 +11,9 @@ from torch import Generator, Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers import slot_attention_weights
+from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import GRUCell
-from recattn_kernels.layers.indrnn_cell import autocasts, changed_options
+from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
@@ -247,7 +248,7 @@ class SlotAttention(nn.Module):
         B, N = inputs.shape[:2]
         checks.shape(NAME, "inputs", inputs, symbols, (B, N, self.input_dim))
         checks.device(NAME, "inputs", inputs, "slots_mu", weight)
-        dtypes = checks.FLOATING if autocasts(inputs) else (weight.dtype,)
+        dtypes = accepted_dtypes(inputs, weight.dtype)
         checks.dtype(NAME, "inputs", inputs, dtypes)
         if num_slots is not None:
             checks.count(NAME, "num_slots", num_slots)
@@ -311,8 +312,8 @@ class SlotAttention(nn.Module):
         if self.input_dim != self.dim:
             options.append(f"input_dim={self.input_dim}")
         options += changed_options(
-            self, iters=3, heads=1, eps=1e-8, eps_mode="add", temperature=1.0, head_softmax="slots", init="gaussian",
-            update="gru", grad_mode="full", backend=None,
+            self, iters=3, mlp_dim=128, heads=1, eps=1e-8, eps_mode="add", temperature=1.0, head_softmax="slots",
+            bias=False, ln_eps=1e-5, init="gaussian", update="gru", grad_mode="full", backend=None,
         )  # fmt: skip
         return ", ".join(options)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recattn_kernels.layers.indrnn_cell import autocasts
+from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.normalise import normalise
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.slot_attention.api import slot_attention

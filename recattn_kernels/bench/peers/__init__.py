@@ -1,7 +1,7 @@
 """What is timed for each op: its backends, and beside them what people use today.
 
-A later op adds a module with a function peers(case, definition) and a line in PEERS. The first row of a group ("",
-"layer") is the one that the others are compared with.
+An op has a module with a function peers(case, definition), and a line in PEERS. A row is compared with the first of its
+group, which is what its name has before a colon: the op's own rows have none, "layer:IndRNN" is of the group "layer".
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NOTES = {
     " three iterations, with its GRU and MLP",
     "packed:": "the same on a PackedSequence of lengths from T/2 to T, in a random order, packing included",
     "normed:": "with layer normalisation of W_hh h, in the lstm of c too",
+    "zoneout:": "with zoneout, as in evaluation",
     "gather": "the image padded, one gather of the widest windows at whole pixels, their centres average-pooled",
     "slicing": "a slice of the padded image for each sample and scale, pooled",
     "grid_sample": "a bilinear tap of F.grid_sample for every pixel of the windows, pooled",
     "conv3x3": "a convolution of the whole image, to 16 channels",
-    "zoneout:": "with zoneout, as in evaluation",
     "broadcast": "eager PyTorch as captioning code has it: (softmax(e).unsqueeze(2) * values).sum(1)",
     "step:": "a word through a decoder of width 512: attention, gate, LSTM; keys projected beforehand, or every time",
     "einsum": "slot attention as models are written, softmax over the last dimension",

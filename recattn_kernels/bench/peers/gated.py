@@ -21,7 +21,6 @@ def peers(case: Case, definition: Callable[..., Any], layer: str) -> list[Impl]:
 
     T, B, H = (case.workload.sizes[name] for name in "TBH")
     gates = case.args[1].shape[0] // H
-    steps = T > 1
     factory: Mapping[str, Any] = {"device": case.device, "dtype": case.dtype}
     torch.manual_seed(0)
     input = torch.randn(T, B, H, **factory).requires_grad_()
@@ -63,7 +62,7 @@ def peers(case: Case, definition: Callable[..., Any], layer: str) -> list[Impl]:
         row("layer:recattn_kernels", ours, lambda input, *_: ours(input), padded),
         row("layer:torch.nn", theirs, lambda input, *_: theirs(input), None),
     ]
-    if steps:
+    if T > 1:
         share = float(lengths.sum()) / (T * B)
         impls += [
             row("packed:recattn_kernels", ours, functools.partial(on_packed, ours), packed, share),

@@ -14,7 +14,7 @@ from recattn_kernels.bench.peers.case import Case, Cost, Impl, compiled
 
 
 def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
-    x, u = case.args
+    x = case.args[0]
     T, B, H = (case.workload.sizes[name] for name in "TBH")
     impls = []
     if case.compile:
@@ -24,7 +24,7 @@ def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
         name = "compile" if steps == T else f"compile/{steps}"
         impls.append(case.impl(name, run, definition=definition))
     impls.append(Impl("relu", functools.partial(torch.relu, x), (x,)))
-    return impls + _indrnn_layers(case, u, T, B, H)
+    return impls + _indrnn_layers(case, T, B, H)
 
 
 def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def _in_chunks(definition: Callable[..., Any], steps: int) -> Callable[..., Any]
     return run
 
 
-def _indrnn_layers(case: Case, u: Tensor, T: int, B: int, H: int) -> list[Impl]:
+def _indrnn_layers(case: Case, T: int, B: int, H: int) -> list[Impl]:
     from recattn_kernels.layers.indrnn import IndRNN
     from recattn_kernels.ops.indrnn.spec import SWEEP_WEIGHT
 

@@ -1,4 +1,5 @@
-"""glimpse in Triton: launches, and what is compiled ahead of time. The kernels: triton_kernels.py."""
+"""glimpse in Triton: launches, and what is compiled ahead of time. Kernels: triton_forward_kernels.py and
+triton_backward_kernels.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import triton
 from torch import Tensor
 
 from recattn_kernels.ops.glimpse.contract import COMPATIBLE, MODES, PADDINGS, empty
-from recattn_kernels.ops.glimpse.triton_kernels import forward_kernel, image_kernel, point_kernel, whole_forward_kernel
+from recattn_kernels.ops.glimpse.triton_backward_kernels import image_kernel, point_kernel
+from recattn_kernels.ops.glimpse.triton_forward_kernels import forward_kernel, whole_forward_kernel
 from recattn_kernels.triton_launch import Launch, SameCompilation, Variant, Variants, guard
 
 BLOCK, TAPS = 128, 4  # cells of a program, and pixels of a row that each reads at once

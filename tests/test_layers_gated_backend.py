@@ -1,0 +1,112 @@
+"""Which backend runs a call of RNN, LSTM and GRU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_layers_gated import LAYERS, D, H, flat
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from recattn_kernels import GRU, LSTM, BackendUnavailableError
+from recattn_kernels.layers.gated_backend import TABLES, fused_backend
+
+
+def test_vendor_is_refused_where_torch_has_no_such_option() -> None:
+    x = torch.randn(5, 2, D)
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"layer_norm": True}, {}, "layer_norm"),
+        ({"zoneout": 0.1}, {}, "zoneout"),
+        ({"recurrent_dropout": 0.1}, {}, "recurrent_dropout"),
+        ({"grad_clip": 1.0}, {}, "grad_clip"),
+        ({}, {"reset": torch.zeros(5, 2) > 0}, "reset"),
+        ({}, {"lengths": [5, 4]}, "lengths"),
+        ({"zoneout": 0.1, "grad_clip": 1.0}, {"lengths": [5, 4]}, "zoneout and no grad_clip and no lengths"),
+    ]
+    for name, cls in LAYERS.items():
+        for options, kwargs, what in cases:
+            layer = cls(D, H, backend="vendor", **options)
+            message = f"{name}: backend 'vendor' cannot run this call: torch.nn has no {what}"
+            with pytest.raises(BackendUnavailableError, match=f"^{message}$"):
+                layer(x, **kwargs)
+        layer = cls(D, H, backend="vendor", recurrent_dropout=0.5, grad_clip=1.0).eval()
+        with torch.no_grad():  # neither makes a difference here
+            torch.testing.assert_close(layer(x), layer.__class__._vendor.forward(layer, x))
+        assert cls(D, H, backend="vendor", zoneout=0.0)(x)[0].shape == (5, 2, H)
+    LSTM(D, H, backend="vendor", zoneout=(0.0, 0.0))(x)
+
+
+def test_a_backend_that_cannot_run_says_so() -> None:
+    x = torch.randn(5, 2, D)
+    for name, cls in LAYERS.items():
+        with pytest.raises(BackendUnavailableError, match=f"^{name.lower()}: backend 'cuda' cannot run this call: "):
+            cls(D, H, backend="cuda")(x)
+    with pytest.raises(BackendUnavailableError, match=r"^LSTM: backend 'c.*' cannot run this call: "):
+        LSTM(D, H, proj_size=2, backend="cuda")(x)
+    LSTM(D, H, proj_size=2, layer_norm=True)(x)
+
+
+def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusal(call: Any) -> str | None:
+        asked.append(call)
+        return None if call.sizes[2] == H else "another width"
+
+    monkeypatch.setattr("recattn_kernels.backends.machine_refusal", lambda backend, device: None)
+    monkeypatch.setitem(TABLES, "lstm", {"cpp": refusal})
+    weight_hh = torch.randn(4 * H, H)
+    batch_sizes = torch.tensor([2, 2, 1])
+    assert fused_backend("lstm", "lstm", weight_hh, torch.bfloat16, 3, 2, batch_sizes) == "cpp"
+    assert asked[0].x.shape == (3, 2, 4 * H) and asked[0].x.dtype == torch.bfloat16
+    assert asked[0].lengths.tolist() == [3, 2] and asked[0].sizes == (3, 2, H)
+    assert fused_backend("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2, None) is None
+    monkeypatch.setitem(TABLES, "lstm", {})
+    assert fused_backend("lstm", "lstm", weight_hh, torch.float32, 3, 2, None) is None
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def rule(op: str, **facts: Any) -> bool:
+        asked.append({"op": op, **facts})
+        return faster
+
+    vendor = []
+    monkeypatch.setattr("recattn_kernels.layers.gated_base.vendor_is_faster", rule)
+    monkeypatch.setattr(nn.GRU, "forward", lambda self, input, hx: vendor.append(input) or (input, hx))
+    layer = GRU(D, H, 3, batch_first=True, bidirectional=True)
+    x = torch.randn(2, 5, D)
+    layer(x)
+    facts = {"op": "gru", "device": "cpu", "dtype": torch.float32, "T": 5, "B": 2, "D": D, "H": H,
+             "layers": 3, "directions": 2, "packed": False, "needs_grad": True}  # fmt: skip
+    assert asked.pop() == facts
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(pack_sequence([x[0], x[1, :2], x[1, :1]]))
+    assert asked.pop() == facts | {"dtype": torch.bfloat16, "B": 3, "packed": True, "needs_grad": False}
+    layer(x[0])
+    assert asked.pop() == facts | {"B": 1}
+    assert len(vendor) == 3 * faster
+    layer(x, reset=torch.zeros(2, 5) > 0), layer(x[:, :0])
+    assert not asked and len(vendor) == 3 * faster  # not asked where torch.nn cannot run
+    monkeypatch.setitem(TABLES, "gru", {})
+    layer(x)
+    assert len(vendor) == 3 * faster + 1  # the reference is all that is left
+
+
+def test_empty_sequences_run_on_ours() -> None:
+    for cls in LAYERS.values():
+        layer = cls(D, H, 2)
+        output, _ = layer(torch.zeros(0, 2, D))
+        assert output.shape == (0, 2, H)
+        output, last = layer(torch.zeros(5, 0, D), lengths=[])
+        assert output.shape == (5, 0, H) and flat(last)[0].shape == (2, 0, H)
+        output.sum().backward()
+    layer = LSTM(D, H, 2, proj_size=2)
+    hx = (torch.randn(2, 2, 2), torch.randn(2, 2, H))
+    output, last = layer(torch.zeros(0, 2, D), hx)
+    assert output.shape == (0, 2, 2)
+    torch.testing.assert_close(last, hx)
