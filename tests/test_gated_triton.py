@@ -1,7 +1,9 @@
-"""rnn, lstm and gru in Triton: the kernel that the interpreter's small samples would not meet, and its products."""
+"""rnn, lstm and gru in Triton: the kernel that the interpreter's small samples would not meet, and its products; and
+lstm_step and gru_step, whose cells are the same."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import test_aot
 import torch
 from test_conformance import judge
 
-from recattn_kernels import backends, conformance, registry
+from recattn_kernels import backends, conformance, gru, gru_step, lstm, lstm_step, registry
 
 OPS = ("rnn", "lstm", "gru")
 SAMPLES = (
@@ -52,6 +54,55 @@ def test_refusals() -> None:
     assert "float64" in str(triton_refusal(normalise(x.double(), weight_hh.double())))
     assert "normalisation" in str(triton_refusal(normalise(x, weight_hh, layer_norm=(ones, ones))))
     assert "reset_after" in str(triton_refusal(normalise(x, weight_hh, reset_after=False)))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["lstm_step", "gru_step"])
+def test_a_step_is_one_launch_whatever_gradients_are_wanted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recattn_kernels.triton_launch import Launch
+
+    launched, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), run(self)))
+    spec = registry.find(name)
+    sample = next(s for s in spec.samples if s.name == "plain")
+    inputs, _ = spec.arguments(sample, torch.float32, "cpu")
+    for wanted in itertools.product([False, True], repeat=len(inputs)):
+        for x, needs_grad in zip(inputs, wanted, strict=True):
+            x.requires_grad_(needs_grad)
+        results = []
+        for backend in ("triton", "reference"):
+            outputs = conformance.tensors(spec.function(*inputs, backend=backend))
+            found = [x for x in inputs if x.requires_grad]
+            value = sum((o * o).sum() for o in outputs)
+            results.append([*outputs, *(torch.autograd.grad(value, found) if found else ())])
+        torch.testing.assert_close(*results)
+        assert len(launched) == 1 + any(wanted)
+        if any(wanted):
+            gradients = (
+                launched[1].args[f"{n}_ptr"] for n in (("dx", "dc") if name == "lstm_step" else ("dx", "dq", "dh"))
+            )
+            assert [g is not None for g in gradients] == list(wanted)
+        launched.clear()
+
+
+@pytest.mark.interpret
+def test_steps_equal_the_sequences() -> None:
+    B, H = 3, 5
+    x, weight, h, c = torch.randn(1, B, 4 * H), torch.randn(4 * H, H), torch.randn(B, H), torch.randn(B, H)
+    q = h @ weight.t()
+    _, expected = lstm(x, weight, (h, c), backend="triton")
+    torch.testing.assert_close(lstm_step(x[0] + q, c, backend="triton"), expected)
+    x, weight, q = (t.narrow(d, 0, 3 * H) for t, d in ((x, 2), (weight, 0), (q, 1)))
+    _, h_n = gru(x, weight, h, backend="triton")
+    torch.testing.assert_close(gru_step(x[0], q, h, backend="triton"), h_n)
+
+
+def test_steps_refuse_float64() -> None:
+    for op, rest in (("lstm_step", []), ("gru_step", [(2, 12)])):
+        function, refusal = backends.load(op, "api").normalise, backends.load(op, "contract").BACKENDS["triton"]
+        for dtype, reason in ((torch.float64, "it has no float64 kernel"), (torch.float32, None)):
+            shapes = [(2, 12), *rest, (2, 3 if op == "lstm_step" else 4)]
+            assert refusal(function(*(torch.zeros(shape, dtype=dtype) for shape in shapes))) == reason
 
 
 @test_aot.needs_compiler

@@ -15,10 +15,12 @@ from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, s
 
 @triton.jit
 def cell_forward(x, q, h, c, CELL: tl.constexpr):
-    """h', c' (c where the cell has none) and what the backward needs, from q = W_hh h + bias_hh."""
+    """h', c' (c where the cell has none) and what the backward needs, from q = W_hh h + bias_hh. q: None where x has it
+    in it already, which the gru's cannot."""
     if CELL == "lstm":
         # c' = sigmoid(f) * c + sigmoid(i) * tanh(g);  h' = sigmoid(o) * tanh(c')
-        i, f, g, o = sigmoid(x[0] + q[0]), sigmoid(x[1] + q[1]), tanh(x[2] + q[2]), sigmoid(x[3] + q[3])
+        i, f, g, o = x if q is None else (x[0] + q[0], x[1] + q[1], x[2] + q[2], x[3] + q[3])
+        i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
         c = f * c + i * g
         h = o * tanh(c)
         kept = (i, f, g, o)
@@ -147,7 +149,21 @@ def time_of(i, T, REVERSE: tl.constexpr):
 @triton.jit
 def tile_at(ptr, t, stride_t, b, stride_b, n):
     """Pointers to the units n of the rows b at the place t of a sequence. (rows, units)"""
-    return ptr + t * stride_t.to(tl.int64) + (b.to(tl.int64) * stride_b)[:, None] + n[None, :]
+    return rows_at(ptr + t * stride_t.to(tl.int64), b, stride_b, n)
+
+
+@triton.jit
+def rows_at(ptr, b, stride_b, n):
+    """Pointers to the units n of the rows b. (rows, units)"""
+    return ptr + (b.to(tl.int64) * stride_b)[:, None] + n[None, :]
+
+
+@triton.jit
+def eights(number, ALIGNED: tl.constexpr):
+    """The number, said to be a multiple of 8: then 8 elements are loaded at once."""
+    if ALIGNED:
+        number = number // 8 * 8
+    return number
 
 
 @triton.jit

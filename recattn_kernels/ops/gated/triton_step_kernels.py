@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.ops.gated.triton_cells import (
+    eights,
     length_of,
     load_keep,
     load_tiles,
@@ -25,14 +26,6 @@ from recattn_kernels.ops.gated.triton_cells import (
     to_float,
 )
 from recattn_kernels.triton_launch import kernel
-
-
-@triton.jit
-def eights(number, ALIGNED: tl.constexpr):
-    """The number, said to be a multiple of 8: then 8 elements are loaded at once."""
-    if ALIGNED:
-        number = number // 8 * 8
-    return number
 
 
 @partial(kernel, aligned=("weight_hh_ptr", "states_ptr"))
