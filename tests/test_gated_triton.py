@@ -18,19 +18,21 @@ SAMPLES = (
     "plain", "wide", "one_element", "reset", "lengths", "zoneout_evaluation", "everything", "everything_reverse",
     "everything_batch_first", "no_steps", "nan", "nan_past_the_end",
 )  # fmt: skip
+ORIGINAL = ("everything", "everything_batch_first", "no_steps", "nan")
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "name"), [*itertools.product(OPS, SAMPLES), *(("gru", f"original_{name}") for name in ORIGINAL)]
+)
 def test_one_launch_a_step(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the weights are too large for one program to hold."""
+    """As where the weights are too large for one program to hold; reset_after=False takes two."""
     from recattn_kernels.ops.gated import triton
 
     monkeypatch.setattr(triton, "holds_weights", lambda call, on: False)
     spec = registry.find(op)
     sample = next(s for s in spec.samples if s.name == name)
-    for dtype in spec.dtypes["triton"][: 2 if name == "everything" else 1]:
+    for dtype in spec.dtypes["triton"][: 2 if name.endswith("everything") else 1]:
         judge(conformance.compare(spec, sample, "triton", dtype))
 
 
@@ -46,14 +48,16 @@ def test_one_program_holds_the_weights(op: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_refusals() -> None:
-    from recattn_kernels.ops.gated.contract import triton_refusal
+    from recattn_kernels.ops.gated.contract import cuda_refusal, triton_refusal
     from recattn_kernels.ops.gru.api import normalise
 
     x, weight_hh, ones = torch.zeros(2, 3, 15), torch.zeros(15, 5), torch.ones(15)
     assert triton_refusal(normalise(x, weight_hh)) is None
     assert "float64" in str(triton_refusal(normalise(x.double(), weight_hh.double())))
     assert "normalisation" in str(triton_refusal(normalise(x, weight_hh, layer_norm=(ones, ones))))
-    assert "reset_after" in str(triton_refusal(normalise(x, weight_hh, reset_after=False)))
+    original = normalise(x, weight_hh, reset_after=False)
+    assert triton_refusal(original) is None
+    assert "reset_after" in str(cuda_refusal(original))
 
 
 @pytest.mark.interpret
@@ -116,7 +120,7 @@ def test_float32_is_multiplied_exactly_unless_torch_allows_less(hidden: int, mon
         monkeypatch.setattr(backends, "allows_tf32", lambda: allowed)
         shape = triton_aot.Shape(torch.float32, torch.float32, hidden, "biased")
         launches = triton_aot.example("gru", shape, triton_aot.machine(32))
-        return ["tf32" in launch.compile(GPUTarget("cuda", 80, 32)).asm["ptx"] for launch in launches]
+        return ["tf32" in launch.compile(GPUTarget("cuda", 80, 32)).asm["ptx"] for (launch,) in launches]
 
     assert tf32(False) == [False, False]
     assert tf32(True) == [True, True]

@@ -30,6 +30,11 @@ def cell_forward(x, q, h, c, CELL: tl.constexpr):
         n = tanh(x[2] + r * q[2])
         h = (1.0 - z) * n + z * h
         kept = (r, z, n, q[2])
+    elif CELL == "gru_before":
+        # The original form: q_n = W_hn (r * h) + bias_n, by reset_state();  n = tanh(x_n + q_n)
+        r, z, n = sigmoid(x[0] + q[0]), sigmoid(x[1] + q[1]), tanh(x[2] + q[2])
+        h = (1.0 - z) * n + z * h
+        kept = (r, z, n)
     else:
         # h' = act(x + q)
         tl.static_assert(CELL == "rnn_tanh" or CELL == "rnn_relu")
@@ -56,11 +61,30 @@ def cell_backward(dh, dc, kept, h, c, CELL: tl.constexpr):
         dx = (dr, dz, dn)
         dq = (dr, dz, dn * r)
         dh = dh * z
+    elif CELL == "gru_before":
+        # dr is reset_backward()'s, once dn has been multiplied.
+        r, z, n = kept
+        dx = (tl.zeros_like(dh), dh * (h - n) * z * (1.0 - z), dh * (1.0 - z) * (1.0 - n * n))
+        dq = dx
+        dh = dh * z
     else:
         dx = (dh * derivative(kept[0], 0.0, "tanh" if CELL == "rnn_tanh" else "relu"),)
         dq = dx
         dh = tl.zeros_like(dh)
     return dx, dq, dh, dc
+
+
+@triton.jit
+def reset_state(x_r, q_r, h):
+    """What gru_before multiplies for n: r * h."""
+    return sigmoid(x_r + q_r) * h
+
+
+@triton.jit
+def reset_backward(d, r, h, proceeds, valid):
+    """gru_before's dr, and what reaches h, from d = W_hn^T dn, the gradient of r * h."""
+    dr = d * tl.where(proceeds, h, 0.0) * r * (1.0 - r)
+    return tl.where(valid, dr, 0.0), tl.where(valid & proceeds, d * r, 0.0)
 
 
 @triton.jit
