@@ -1,5 +1,6 @@
 """rnn, lstm and gru in Triton by one launch a step, over a grid of blocks of rows and of units: for weights that one
-program cannot hold. An absent argument is None; what has no stride is contiguous, and time-major."""
+program cannot hold. gru_before, one of whose products is with what another gives, takes two. An absent argument is
+None; what has no stride is contiguous, and time-major."""
 
 # mypy: ignore-errors
 
