@@ -89,6 +89,32 @@ def test_a_step_is_one_launch_whatever_gradients_are_wanted(name: str, monkeypat
         launched.clear()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["lstm_step", "gru_step"])
+def test_a_step_in_a_cuda_graph(name: str) -> None:
+    spec = registry.find(name)
+    sample = next(s for s in spec.samples if s.name == "everything")
+    inputs, _ = spec.arguments(sample, torch.bfloat16, "cuda")
+
+    def step() -> list[torch.Tensor]:
+        outputs = conformance.tensors(spec.function(*inputs, backend="triton"))
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(found, step(), rtol=0, atol=0)
+
+
 @pytest.mark.interpret
 def test_steps_equal_the_sequences() -> None:
     B, H = 3, 5
