@@ -60,6 +60,11 @@ class Call(NamedTuple):
         return CELLS[self.cell]
 
     @property
+    def direct(self) -> int:
+        """The gates whose product is with the state itself: those before the one that is with r * h."""
+        return 2 if self.cell == "gru_before" else self.gates
+
+    @property
     def has_c(self) -> bool:
         return self.cell == "lstm"
 
@@ -194,19 +199,19 @@ def cpp_refusal(call: Call) -> str | None:
 
 
 def triton_refusal(call: Call) -> str | None:
-    """Why the Triton kernels, or those in CUDA, cannot run the call."""
+    """Why the Triton kernels cannot run the call."""
     if call.x.dtype == torch.float64:
         return "it has no float64 kernel"
     if call.ln_weight is not None:
         return "it has no layer normalisation, which needs all gates of a row at once"
-    if call.cell == "gru_before":
-        return "it has no reset_after=False, whose two products depend on each other"
     return None
 
 
 def cuda_refusal(call: Call) -> str | None:
-    """Why the CUDA kernels cannot run the call: they are of the same cells, and weight_hh has to fit."""
+    """Why the CUDA kernels cannot run the call: what Triton's cannot they cannot either, and weight_hh has to fit."""
     reason = triton_refusal(call)
+    if reason is None and call.cell == "gru_before":
+        reason = "it has no reset_after=False, whose two products depend on each other"
     # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.
     if reason is not None or torch.compiler.is_compiling():
         return reason

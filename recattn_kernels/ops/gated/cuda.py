@@ -27,7 +27,7 @@ from recattn_kernels.ops.gated.contract import (
     multiplies_exactly,
     reads_output,
 )
-from recattn_kernels.ops.gated.products import q_gradient, states_before
+from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
 from recattn_kernels.strides import contiguous, contiguous_rows, strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of csrc/cuda/kernels.h's enum Dtype
@@ -68,7 +68,7 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
             strided(dy, call.time), strided(output, call.time), gates, some(kept.cells), strided(dx, call.time),
             strided(None if dq is dx else dq, call.time), typed(dh_n), typed(dc_n), typed(dh0), typed(dc0),
         )  # fmt: skip
-        torch.mm(dq.reshape(-1, dq.shape[2]).t(), states_before(call).reshape(-1, H), out=dweight_hh)
+        weight_gradient(call, kept, dq, dweight_hh)
         if call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     del holds

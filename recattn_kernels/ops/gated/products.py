@@ -5,13 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recattn_kernels.ops.gated.contract import Call
+from recattn_kernels.ops.gated.contract import Call, Kept
 
 
 def q_gradient(call: Call, dx: Tensor) -> Tensor:
     """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can."""
     same = call.cell != "gru" and dx.dtype == call.weight_hh.dtype
     return dx if same else dx.new_empty(dx.shape, dtype=call.weight_hh.dtype)
+
+
+def weight_gradient(call: Call, kept: Kept, dq: Tensor, out: Tensor) -> None:
+    """dL/dweight_hh from dL/dq. call.x: output."""
+    H, before = call.sizes[2], states_before(call)
+    direct = call.direct * H
+    flow = dq.reshape(-1, dq.shape[2]).t()
+    torch.mm(flow[:direct], before.reshape(-1, H), out=out[:direct])
+    if call.direct < call.gates:
+        r = kept.gates[..., :H]
+        # Of a row that is past its end r may be NaN.
+        reset = torch.where(before == 0, 0.0, before * (r.transpose(0, 1) if call.batch_first else r)).to(before.dtype)
+        torch.mm(flow[direct:], reset.reshape(-1, H), out=out[direct:])
 
 
 def states_before(call: Call) -> Tensor:

@@ -22,9 +22,14 @@ from recattn_kernels.ops.gated.contract import (
     empty_forward,
     reads_output,
 )
-from recattn_kernels.ops.gated.products import q_gradient, states_before
+from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
 from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
-from recattn_kernels.ops.gated.triton_step_kernels import backward_step_kernel, forward_step_kernel
+from recattn_kernels.ops.gated.triton_step_kernels import (
+    backward_reset_kernel,
+    backward_step_kernel,
+    forward_reset_kernel,
+    forward_step_kernel,
+)
 from recattn_kernels.strides import contiguous, contiguous_rows
 from recattn_kernels.triton_launch import Launch, Machine, guard, machine, strided
 
@@ -137,7 +142,8 @@ def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> La
     _, B, H = call.sizes
     chosen = step_config(call, on)
     grid = (triton.cdiv(B, chosen.rows), triton.cdiv(H, chosen.units))
-    args = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
+    given = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
+    args = {name: given[name] for name in kernel.arg_names}
     return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, REGISTERS, chosen.num_stages)
 
 
@@ -149,10 +155,16 @@ def forward_sequence(call: Call, output: Tensor, h_n: Tensor, c_n: Tensor, kept:
     return sequence_launch(forward_sequence_kernel, call, on, forward_arguments(call, output, kept) | own)
 
 
-def forward_step(call: Call, output: Tensor, kept: Kept, states: Tensor, c: Tensor | None, on: Machine) -> Launch:
-    """The launch of the first step. states (2, B, H): where h goes to and fro; c (B, H): where c is kept up to date."""
-    own = {"states_ptr": states, "c_ptr": c}
-    return step_launch(forward_step_kernel, call, on, forward_arguments(call, output, kept) | own)
+def forward_step(
+    call: Call, output: Tensor, kept: Kept, states: Tensor, c: Tensor | None, on: Machine
+) -> tuple[Launch, ...]:
+    """The launches of the first step. states (2, B, H): where h goes to and fro; c (B, H): where c is kept current."""
+    before = call.cell == "gru_before"
+    own = forward_arguments(call, output, kept) | {
+        "states_ptr": states, "c_ptr": c, "reset_state_ptr": torch.empty_like(states) if before else None,
+    }  # fmt: skip
+    kernels = (forward_reset_kernel, forward_step_kernel) if before else (forward_step_kernel,)
+    return tuple(step_launch(kernel, call, on, own) for kernel in kernels)
 
 
 def float_state(call: Call, initial: Tensor | None) -> Tensor:
@@ -172,9 +184,10 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
             return output, h_n, c_n, kept
         states = float_state(call, call.h0).repeat(2, 1, 1)
         c = float_state(call, call.c0) if call.has_c else None
-        step = forward_step(call, output, kept, states, c, on)
+        launches = forward_step(call, output, kept, states, c, on)
         for i in range(T):
-            step.run(i=i)
+            for launch in launches:
+                launch.run(i=i)
         h_n.copy_(states[T % 2])
         if c is not None:
             c_n.copy_(c)
@@ -212,10 +225,12 @@ def backward_sequence(
 def backward_step(
     grad_output: Tensor | None, call: Call, kept: Kept, dx: Tensor, dq: Tensor, dh: Tensor, dc: Tensor | None,
     on: Machine,
-) -> Launch:  # fmt: skip
-    """The launch of the last step. dh, dc (B, H): where the gradients of the states are kept up to date."""
-    own = {"dh_ptr": dh, "dc_ptr": dc}
-    return step_launch(backward_step_kernel, call, on, backward_arguments(grad_output, call, kept, dx, dq) | own)
+) -> tuple[Launch, ...]:  # fmt: skip
+    """The launches of the last step. dh, dc (B, H): where the gradients of the states are kept up to date."""
+    own = backward_arguments(grad_output, call, kept, dx, dq) | {"dh_ptr": dh, "dc_ptr": dc}
+    before = call.cell == "gru_before"
+    kernels = (backward_step_kernel, backward_reset_kernel) if before else (backward_step_kernel,)
+    return tuple(step_launch(kernel, call, on, own) for kernel in kernels)
 
 
 def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
@@ -234,26 +249,28 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
         else:
             dh = float_state(call, grad_h_n)
             dc = float_state(call, grad_c_n) if call.has_c else None
-            step = backward_step(grad_output, call, kept, dx, dq, dh, dc, on)
+            launches = backward_step(grad_output, call, kept, dx, dq, dh, dc, on)
             for i in range(T):
-                step.run(i=i)
+                for launch in launches:
+                    launch.run(i=i)
             if call.h0 is not None:
                 dh0.copy_(dh + through_first(call, dq))
             if call.c0 is not None and dc is not None:
                 dc0.copy_(dc)
-        torch.mm(dq.reshape(-1, dq.shape[2]).t(), states_before(call).reshape(-1, H), out=dweight_hh)
+        weight_gradient(call, kept, dq, dweight_hh)
         if call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     return results
 
 
 def through_first(call: Call, dq: Tensor) -> Tensor | float:
-    """What reaches the initial state through the q of the first step taken."""
-    T = call.sizes[0]
+    """What reaches the initial state through the q of the first step taken, where it is what was multiplied."""
+    T, _, H = call.sizes
     if T == 0:
         return 0.0
     first = T - 1 if call.reverse else 0
     dq_first = dq.select(call.time, first).float()
     if call.reset is not None:
         dq_first = dq_first.masked_fill(call.reset.select(call.time, first).unsqueeze(-1), 0.0)
-    return dq_first @ call.weight_hh.float()
+    direct = call.direct * H
+    return dq_first[:, :direct] @ call.weight_hh[:direct].float()

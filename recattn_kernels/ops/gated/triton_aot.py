@@ -37,6 +37,7 @@ SOME = (
     Shape(F32, F32, 512, "gated", B=64),
     Shape(BF16, F32, 511, "gated"),
 )
+OF_GRU_BEFORE = (SOME[2], SOME[3], SOME[4], SOME[6])  # the others show nothing that the gru's do not
 ALL = tuple(
     Shape(x, weight_hh, hidden, options, reverse, B=B)
     for (x, weight_hh), hidden, options, reverse, B in itertools.product(
@@ -51,8 +52,8 @@ def machine(lanes: int) -> Machine:
     return Machine(lanes, 1, 163 * 2**10 if lanes == 32 else 2**16)
 
 
-def example(cell: str, shape: Shape, on: Machine) -> tuple[Launch, Launch]:
-    """What a call on the meta device launches."""
+def example(cell: str, shape: Shape, on: Machine) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """What a call on the meta device launches in each direction, once or in every step."""
     T, B, H, G = shape.T, shape.B, shape.hidden, CELLS[cell]
     biased, gated, lstm = shape.options != "plain", shape.options == "gated", cell == "lstm"
 
@@ -73,8 +74,8 @@ def example(cell: str, shape: Shape, on: Machine) -> tuple[Launch, Launch]:
     dq = q_gradient(backward, results[0])
     if triton.holds_weights(call, on):
         grads = (output, h_n, c_n if lstm else None)
-        forward = triton.forward_sequence(call, output, h_n, c_n, kept, on)
-        return forward, triton.backward_sequence(grads, backward, kept, results, dq, on)
+        sequence = triton.forward_sequence(call, output, h_n, c_n, kept, on)
+        return (sequence,), (triton.backward_sequence(grads, backward, kept, results, dq, on),)
     state = triton.float_state(call, None)
     c = state if lstm else None
     forward = triton.forward_step(call, output, kept, state.repeat(2, 1, 1), c, on)
@@ -84,11 +85,12 @@ def example(cell: str, shape: Shape, on: Machine) -> tuple[Launch, Launch]:
 def variants(cells: tuple[str, ...], lanes: int, full: bool) -> Variants:
     """Launches that cover the kernels; in full, every type, option and size that changes the code."""
     on = machine(lanes)
-    for cell, shape in itertools.product(cells, ALL if full else SOME):
-        types = "-".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((shape.x, shape.weight_hh)))
-        name = f"{cell}-{types}-{shape.hidden}-{shape.options}{'-reverse' * shape.reverse}-{shape.B}"
-        for direction, launch in zip(("forward", "backward"), example(cell, shape, on), strict=True):
-            yield Variant(f"{direction}-{name}", launch, shared=on.shared)
+    for cell in cells:
+        for shape in ALL if full else OF_GRU_BEFORE if cell == "gru_before" else SOME:
+            types = "-".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((shape.x, shape.weight_hh)))
+            name = f"{cell}-{types}-{shape.hidden}-{shape.options}{'-reverse' * shape.reverse}-{shape.B}"
+            for launch in itertools.chain(*example(cell, shape, on)):
+                yield Variant(f"{launch.kernel.__name__.removesuffix('_kernel')}-{name}", launch, shared=on.shared)
 
 
 def same(cells: tuple[str, ...], lanes: int) -> SameCompilation:
@@ -99,4 +101,5 @@ def same(cells: tuple[str, ...], lanes: int) -> SameCompilation:
     for cell, hidden in itertools.product(cells, (64, 512)):
         shape = Shape(BF16, BF16, hidden, "gated")
         sizes = ((1, 1), (2, 1), (1, 16), (16, 16), (784, 8), (10_000, 13))
-        yield [example(cell, shape._replace(T=T, B=B), machine(lanes)) for T, B in sizes]
+        calls = (example(cell, shape._replace(T=T, B=B), machine(lanes)) for T, B in sizes)
+        yield [(*forward, *backward) for forward, backward in calls]

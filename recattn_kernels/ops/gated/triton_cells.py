@@ -15,10 +15,12 @@ from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, s
 
 @triton.jit
 def cell_forward(x, q, h, c, CELL: tl.constexpr):
-    """h', c' (c where the cell has none) and what the backward needs, from q = W_hh h + bias_hh."""
+    """h', c' (c where the cell has none) and what the backward needs, from q = W_hh h + bias_hh. q: None where x has it
+    in it already, which the gru's cannot."""
     if CELL == "lstm":
         # c' = sigmoid(f) * c + sigmoid(i) * tanh(g);  h' = sigmoid(o) * tanh(c')
-        i, f, g, o = sigmoid(x[0] + q[0]), sigmoid(x[1] + q[1]), tanh(x[2] + q[2]), sigmoid(x[3] + q[3])
+        i, f, g, o = x if q is None else (x[0] + q[0], x[1] + q[1], x[2] + q[2], x[3] + q[3])
+        i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
         c = f * c + i * g
         h = o * tanh(c)
         kept = (i, f, g, o)
@@ -28,6 +30,11 @@ def cell_forward(x, q, h, c, CELL: tl.constexpr):
         n = tanh(x[2] + r * q[2])
         h = (1.0 - z) * n + z * h
         kept = (r, z, n, q[2])
+    elif CELL == "gru_before":
+        # The original form: q_n = W_hn (r * h) + bias_n, by reset_state();  n = tanh(x_n + q_n)
+        r, z, n = sigmoid(x[0] + q[0]), sigmoid(x[1] + q[1]), tanh(x[2] + q[2])
+        h = (1.0 - z) * n + z * h
+        kept = (r, z, n)
     else:
         # h' = act(x + q)
         tl.static_assert(CELL == "rnn_tanh" or CELL == "rnn_relu")
@@ -54,11 +61,30 @@ def cell_backward(dh, dc, kept, h, c, CELL: tl.constexpr):
         dx = (dr, dz, dn)
         dq = (dr, dz, dn * r)
         dh = dh * z
+    elif CELL == "gru_before":
+        # dr is reset_backward()'s, once dn has been multiplied.
+        r, z, n = kept
+        dx = (tl.zeros_like(dh), dh * (h - n) * z * (1.0 - z), dh * (1.0 - z) * (1.0 - n * n))
+        dq = dx
+        dh = dh * z
     else:
         dx = (dh * derivative(kept[0], 0.0, "tanh" if CELL == "rnn_tanh" else "relu"),)
         dq = dx
         dh = tl.zeros_like(dh)
     return dx, dq, dh, dc
+
+
+@triton.jit
+def reset_state(x_r, q_r, h):
+    """What gru_before multiplies for n: r * h."""
+    return sigmoid(x_r + q_r) * h
+
+
+@triton.jit
+def reset_backward(d, r, h, proceeds, valid):
+    """gru_before's dr, and what reaches h, from d = W_hn^T dn, the gradient of r * h."""
+    dr = d * tl.where(proceeds, h, 0.0) * r * (1.0 - r)
+    return tl.where(valid, dr, 0.0), tl.where(valid & proceeds, d * r, 0.0)
 
 
 @triton.jit
@@ -147,7 +173,21 @@ def time_of(i, T, REVERSE: tl.constexpr):
 @triton.jit
 def tile_at(ptr, t, stride_t, b, stride_b, n):
     """Pointers to the units n of the rows b at the place t of a sequence. (rows, units)"""
-    return ptr + t * stride_t.to(tl.int64) + (b.to(tl.int64) * stride_b)[:, None] + n[None, :]
+    return rows_at(ptr + t * stride_t.to(tl.int64), b, stride_b, n)
+
+
+@triton.jit
+def rows_at(ptr, b, stride_b, n):
+    """Pointers to the units n of the rows b. (rows, units)"""
+    return ptr + (b.to(tl.int64) * stride_b)[:, None] + n[None, :]
+
+
+@triton.jit
+def eights(number, ALIGNED: tl.constexpr):
+    """The number, said to be a multiple of 8: then 8 elements are loaded at once."""
+    if ALIGNED:
+        number = number // 8 * 8
+    return number
 
 
 @triton.jit

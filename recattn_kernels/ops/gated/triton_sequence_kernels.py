@@ -17,6 +17,8 @@ from recattn_kernels.ops.gated.triton_cells import (
     load_tiles,
     proceeds_at,
     product,
+    reset_backward,
+    reset_state,
     state_before,
     step_backward,
     step_forward,
@@ -74,6 +76,8 @@ def forward_sequence_kernel(
         operand = tl.where(proceeds, h, 0.0)
         q = ()
         for g in tl.static_range(GATES):
+            if CELL == "gru_before" and g == 2:
+                operand = tl.where(units[None, :], reset_state(x[0], q[0], operand), 0.0)
             q_g = product(operand, weights[g], tl.zeros_like(h), PRECISION)
             if bias_hh_ptr is not None:
                 q_g += tl.load(bias_hh_ptr + g * H + n, mask=units, other=0.0).to(tl.float32)[None, :]
@@ -141,7 +145,7 @@ def backward_sequence_kernel(
         keep_h = load_keep(keep_h_ptr, t, keep_h_stride_t, b, keep_h_stride_b, n, mask)
         keep_c = load_keep(keep_c_ptr, t, keep_c_stride_t, b, keep_c_stride_b, n, mask)
         h, c = tl.zeros_like(dh), tl.zeros_like(dh)
-        if CELL == "gru":
+        if CELL == "gru" or CELL == "gru_before":
             h = state_before(
                 output_ptr, h0_ptr, t, output_stride_t, b, output_stride_b, n, column, length, mask, REVERSE
             )
@@ -150,12 +154,18 @@ def backward_sequence_kernel(
         dx, dq, dh, dc = step_backward(
             dy, dh, dc, kept, h, c, proceeds, t < length, keep_h, keep_c, zoneout_h, zoneout_c, grad_clip, CELL
         )
+        if CELL == "gru_before":
+            d = product(tl.where(units[None, :], dq[2], 0.0), weights[2], tl.zeros_like(dh), PRECISION)
+            dr, through_reset = reset_backward(d, kept[0], h, proceeds, t < length)
+            dx = (dr, dx[1], dx[2])
+            dq = dx
+            dh += through_reset
         store_tiles(tile_at(dq_ptr, t, dq_stride_t, b, dq_stride_b, n), H, mask, dq)
         if dx_ptr is not None:
             store_tiles(tile_at(dx_ptr, t, dx_stride_t, b, dx_stride_b, n), H, mask, dx)
         dq = where_all(units[None, :], dq)
         through_q = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        for g in tl.static_range(GATES):
+        for g in tl.static_range(2 if CELL == "gru_before" else GATES):
             through_q = product(dq[g], weights[g], through_q, PRECISION)
         dh += tl.where(proceeds, through_q, 0.0)
     if grad_h0_ptr is not None:

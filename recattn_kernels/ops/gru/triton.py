@@ -7,5 +7,5 @@ from recattn_kernels.ops.gated.triton import backward, forward
 
 __all__ = ["aot_same", "aot_variants", "backward", "forward"]
 
-aot_variants = partial(triton_aot.variants, ("gru",))
-aot_same = partial(triton_aot.same, ("gru",))
+aot_variants = partial(triton_aot.variants, ("gru", "gru_before"))
+aot_same = partial(triton_aot.same, ("gru", "gru_before"))

@@ -39,7 +39,7 @@ def gru_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, *, backend: str | None
         x_gates: (B, 3H), (x_r, x_z, x_n) = W_ih input + b_ih. float64, float32, bfloat16 or float16.
         h_gates: (B, 3H), (q_r, q_z, q_n) = W_hh h + b_hh, in x_gates' dtype, or float32 beside 16-bit ones (so too h).
         h: (B, H), the state.
-        backend: auto, reference or cpp; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns: h', (B, H), in h's dtype.
 

@@ -37,7 +37,7 @@ def lstm_step(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
     Args:
         gates: (B, 4H), W_ih input + b_ih + W_hh h + b_hh, in the order i f g o. float64, float32, bfloat16 or float16.
         c: (B, H), the cell's state, in gates' dtype, or float32 beside 16-bit gates.
-        backend: auto, reference or cpp; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns: h, (B, H), in gates' dtype, and c', (B, H), in c's.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from recattn_kernels import backends
 from recattn_kernels.ops.operator import Call
 
@@ -10,4 +12,8 @@ def _cpp_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _cpp_refusal}
+def _triton_refusal(call: Call) -> str | None:
+    return "it has no float64 kernel" if call.x.dtype == torch.float64 else None
+
+
+BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}

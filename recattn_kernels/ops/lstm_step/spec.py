@@ -60,7 +60,7 @@ SPEC = OpSpec(
     name="lstm_step",
     function=lstm_step,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT)},
+    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
     samples=(
         sample("plain", 3, 17),
         sample("everything", 5, 65),
