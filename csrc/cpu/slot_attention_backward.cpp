@@ -51,7 +51,7 @@ struct Backward {
         const int64_t at = h * tile.active;
         if (p.grad_q) {
           const Block<R> k = tile.keys(h, inputs);
-          product(ds + at * BLOCK, BLOCK, 1, tile.active, k.data, k.step, inputs.count, sum.q + at * plan.D, plan.D,
+          product(ds + at * BLOCK, BLOCK, tile.active, k.data, k.step, inputs.count, sum.q + at * plan.D, plan.D,
                   plan.D, false, tile.ahead);
         }
         inputs_grads(h, inputs);
@@ -122,17 +122,17 @@ struct Backward {
     if (p.grad_k.data) {
       const Block<R> to = target(p.grad_k, h, p.D, plan.D, inputs);
       R* const data = const_cast<R*>(to.data);
-      product(ds + at * BLOCK, 1, BLOCK, inputs.count, tile.q + at * plan.D, plan.D, tile.active, data, to.step,
+      product<true>(ds + at * BLOCK, BLOCK, inputs.count, tile.q + at * plan.D, plan.D, tile.active, data, to.step,
                       plan.D, true, tile.ahead);
       if (shared && flows) {
-        product(tile.a + at * BLOCK, 1, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, tile.active, data, to.step,
+        product<true>(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, tile.active, data, to.step,
                 plan.Dv, false, tile.ahead);
       }
       store(p.grad_k, h, p.D, plan.D, inputs, to);
     }
     if (!shared && p.grad_v.data) {
       const Block<R> to = target(p.grad_v, h, p.Dv, plan.Dv, inputs);
-      product(tile.a + at * BLOCK, 1, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, flows ? tile.active : 0,
+      product<true>(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, flows ? tile.active : 0,
                       const_cast<R*>(to.data), to.step, plan.Dv, true, tile.ahead);
       store(p.grad_v, h, p.Dv, plan.Dv, inputs, to);
     }

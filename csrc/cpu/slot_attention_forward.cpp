@@ -37,7 +37,7 @@ struct Forward {
       add_rows(tile.a, tile.rows(), inputs.count, p.denominator ? R(0) : R(p.eps), sum.den);
       for (int64_t h = 0; h < plan.group; ++h) {
         const Block<R> v = tile.values(h, inputs);
-        product(tile.a + h * tile.active * BLOCK, BLOCK, 1, tile.active, v.data, v.step, inputs.count,
+        product(tile.a + h * tile.active * BLOCK, BLOCK, tile.active, v.data, v.step, inputs.count,
                 sum.updates + h * tile.active * plan.Dv, plan.Dv, plan.Dv, false, tile.ahead);
       }
     });

@@ -35,26 +35,29 @@ void store_vector(R* to, const Vec<R>& v) {
 // an order in which the hardware does not see what is next.
 class Ahead {
  public:
-  struct At {
-    uintptr_t line = 0, end = 0;
-    int64_t step = 0;
-  };
-  At at;
+  uintptr_t line = 0, end = 0;  // the next to ask for, and where what lies in one piece with it ends
+  int64_t step = 0;
 
-  void clear() { at = {}, count = number = 0; }
+  void clear() { line = end = 0, step = 0, count = number = 0; }
 
   // `rows` rows of `width` bytes, `stride` apart. What finds no place any more is left to the hardware.
   void add(uintptr_t from, int64_t stride, int64_t width, int64_t rows) {
     if (count == MOST || width == 0) return;
     if (stride == width) width *= rows, rows = 1;
     areas[count++] = {from, stride, width, rows};
-    if (count == 1) start(at);
+    if (count == 1) line = start();
   }
 
-  RECATTN_FN void ask(At& now) {
-    __builtin_prefetch(reinterpret_cast<const void*>(now.line), 0, 2);
-    now.line += now.step;
-    if (now.line >= now.end) next(now);
+  // The line that follows `now`, when that has come to the end.
+  __attribute__((noinline)) uintptr_t next(uintptr_t now) {
+    if (number < count && --areas[number].rows > 0) {
+      areas[number].row += areas[number].stride;
+    } else if (number < count) {
+      ++number;
+    }
+    if (number < count) return start();
+    step = 0, end = UINTPTR_MAX;  // the last one again and again, which costs nothing
+    return now - 1;
   }
 
  private:
@@ -64,44 +67,42 @@ class Ahead {
     int64_t stride, width, rows;
   };
 
-  void start(At& now) const { now = {areas[number].row, areas[number].row + areas[number].width, 64}; }
-
-  __attribute__((noinline)) void next(At& now) {
-    if (number < count && --areas[number].rows > 0) {
-      areas[number].row += areas[number].stride;
-    } else if (number < count) {
-      ++number;
-    }
-    if (number < count) {
-      start(now);
-    } else {
-      now = {now.end - 1, now.end, 0};  // the last line again and again, which costs nothing
-    }
+  uintptr_t start() {
+    step = 64, end = areas[number].row + areas[number].width;
+    return areas[number].row;
   }
 
   Area areas[MOST];
   int count = 0, number = 0;
 };
 
-// out[r][c] (+)= sum over i of a[r * a_row + i * a_step] * weights[i * step + c], for ROWS r and V vectors of c.
-template <int ROWS, int V, class R>
-__attribute__((noinline)) void product_tile(const R* a, int64_t a_row, int64_t a_step, const R* weights, int64_t step,
-                                            int64_t inner, R* out, int64_t out_stride, bool first, Ahead& ahead) {
-  Ahead::At at = ahead.at;
+// out[r][c] (+)= sum over i of a(r, i) * weights[i * step + c], for ROWS r and V vectors of c. a(r, i) is a[r * a_step + i],
+// or a[i * a_step + r] if TURNED.
+template <bool TURNED, int ROWS, int V, class R>
+__attribute__((noinline)) void product_tile(const R* a, int64_t a_step, const R* weights, int64_t step, int64_t inner,
+                                            R* out, int64_t out_stride, bool first, Ahead& ahead) {
+  uintptr_t line = ahead.line, line_end = ahead.end;
+  int64_t line_step = ahead.step;
   Vec<R> sums[ROWS][V] = {};
-  for (int64_t i = 0; i < inner; ++i, a += a_step, weights += step) {
-    ahead.ask(at);  // two are what the products with the fewest slots need
-    ahead.ask(at);
+  for (int64_t i = 0; i < inner; ++i, a += TURNED ? a_step : 1, weights += step) {
+    // Two lines are what the products with the fewest slots need.
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(line + line_step), 0, 2);
+    line += 2 * line_step;
+    if (__builtin_expect(line >= line_end, 0)) {
+      line = ahead.next(line);
+      line_end = ahead.end, line_step = ahead.step;
+    }
     Vec<R> w[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) w[v] = load_vector(weights + v * LANES<R>);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[r * a_row];
+      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[TURNED ? r : r * a_step];
     }
   }
-  ahead.at = at;
+  ahead.line = line;
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
@@ -113,26 +114,27 @@ __attribute__((noinline)) void product_tile(const R* a, int64_t a_row, int64_t a
 }
 
 // The same for any number of rows, and of columns that is a multiple of a vector.
-template <class R>
-void product(const R* a, int64_t a_row, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner,
+template <bool TURNED = false, class R>
+void product(const R* a, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner,
              R* out, int64_t out_stride, int64_t columns, bool first, Ahead& ahead) {
   int64_t c = 0;
   const auto panels = [&]<int V>() {
     constexpr int ROWS = Tiles<V, R>::ROWS;
     const int64_t tiles = ceil_div(rows, ROWS);
     for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t r = part(rows, t, tiles);
-        by_height<ROWS>(part(rows, t + 1, tiles) - r, [&]<int HEIGHT>() {
-          int64_t i = 0;
-          do {
-            const int64_t n = least(CHAIN, inner - i);
-            product_tile<HEIGHT, V>(a + r * a_row + i * a_step, a_row, a_step, weights + i * step + c, step, n,
-                                    out + r * out_stride + c, out_stride, first && i == 0, ahead);
-            i += n;
-          } while (i < inner);
-        });
-      }
+      int64_t i = 0;
+      do {  // so much of the weights stays in the first-level cache while all tiles go over it
+        const int64_t n = least(CHAIN, inner - i);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t r = part(rows, t, tiles);
+          by_height<ROWS>(part(rows, t + 1, tiles) - r, [&]<int HEIGHT>() {
+            const R* const from = TURNED ? a + i * a_step + r : a + r * a_step + i;
+            product_tile<TURNED, HEIGHT, V>(from, a_step, weights + i * step + c, step, n, out + r * out_stride + c,
+                                            out_stride, first && i == 0, ahead);
+          });
+        }
+        i += n;
+      } while (i < inner);
     }
   };
   if (rows <= Tiles<4, R>::ROWS) panels.template operator()<4>();
@@ -364,7 +366,7 @@ class Tile {
   // out = the products of `queries`, of one head, with a block of keys or of values.
   void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) {
     turn(block, count, width, columns);
-    product(queries, width, 1, active, columns, BLOCK, width, out, BLOCK, BLOCK, true, ahead);
+    product(queries, width, active, columns, BLOCK, width, out, BLOCK, BLOCK, true, ahead);
   }
 
   // a = A of a block.
