@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse
+from recattn_kernels.ops.glimpse.contract import COORDS, MODES, PADDINGS
 
 COMBINATIONS = ("additive", "multiplicative")
 
@@ -51,7 +52,7 @@ class GlimpseSensor(nn.Module):
 
     Gradients: those of :func:`recattn_kernels.glimpse`.
 
-    Raises: what :func:`recattn_kernels.glimpse` raises.
+    Raises: what :func:`recattn_kernels.glimpse` raises; for an unknown mode, padding or coords the constructor does.
 
     Source: Mnih et al., "Recurrent Models of Visual Attention", NIPS 2014.
     """
@@ -75,6 +76,9 @@ class GlimpseSensor(nn.Module):
         checks.count("GlimpseSensor", "scales", scales)
         checks.positive("GlimpseSensor", "scale_factor", scale_factor)
         checks.positive("GlimpseSensor", "zoom", zoom)
+        checks.choice("GlimpseSensor", "mode", mode, MODES)
+        checks.choice("GlimpseSensor", "padding", padding, PADDINGS)
+        checks.choice("GlimpseSensor", "coords", coords, COORDS)
         backends.requested("GlimpseSensor", backend)
         self.size = size
         self.scales = scales

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels import checks
 from recattn_kernels.ops.glimpse import reference
-from recattn_kernels.ops.glimpse.contract import BACKENDS, COMPATIBLE, MODES, PADDINGS, empty
+from recattn_kernels.ops.glimpse.contract import BACKENDS, COMPATIBLE, COORDS, MODES, PADDINGS, empty
 from recattn_kernels.ops.operator import Call, Operator
 
 OPERATOR = Operator(
@@ -97,7 +97,7 @@ def normalise(
     checks.finite_positive("glimpse", "scale_factor", scale_factor)
     checks.choice("glimpse", "mode", mode, MODES)
     checks.choice("glimpse", "padding", padding, PADDINGS)
-    checks.choice("glimpse", "coords", coords, ("xy", "yx"))
+    checks.choice("glimpse", "coords", coords, COORDS)
     if dtype is None:
         dtype = loc.dtype if image.dtype == torch.uint8 else image.dtype
     elif dtype not in checks.FLOATING:

@@ -12,6 +12,7 @@ SMOOTH = ("area", "bilinear")
 COMPATIBLE = ("kevinzakka", "tf", "dpnn")
 MODES = (*SMOOTH, *COMPATIBLE)
 PADDINGS = ("zeros", "border", "reflect")
+COORDS = ("xy", "yx")
 
 
 def empty(
