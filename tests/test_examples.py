@@ -404,7 +404,7 @@ def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples
     assert "foreground ARI" in printed
     written = json.loads((out / "curve.json").read_text())
     assert [point["step"] for point in written["curve"]] == [2, 4]
-    assert all(-1 <= p["ari"] <= 1 and p["train_mse"] > 0 and p["test_mse"] > 0 for p in written["curve"])
+    assert all(-1 <= p["ari"] <= 1 and p["train_loss"] > 0 and p["test_loss"] > 0 for p in written["curve"])
     for name in ("curve.png", "slots.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
