@@ -18,9 +18,12 @@ The paper's encoder has four 5 x 5 convolutions on every pixel, and its decoder 
 encoder takes every second pixel (every fourth of the sprites), and the decoder begins with a quarter of the image's
 side and doubles it twice. The rate of Adam is larger, as there are far fewer steps, warms up sooner and halves sooner.
 
-In training there is a slot more than objects, without which two of them share a slot for good. As any slot can paint
-the black that tetrominoes are on beside its piece, the spare one then halves a piece: on a CPU it is left out in tests,
-where there are as many slots as pieces (--test-slots 4 keeps it). --paper and sprites, on grey, have it in tests too.
+In training there is a slot more than objects, as in the paper. Any slot can paint the black that tetrominoes are on
+beside its piece, so that the spare one halves a piece instead: on a CPU it is left out in tests, which have as many
+slots as pieces (--test-slots 4 keeps it). --paper, and sprites, which are on grey, have it in tests too.
+
+Not every seed finds the objects: with some, slots share out the image as quarters, and go on like that for as long as
+they have been watched. An index that is below 0.6 after 1,000 steps is a sign of it: take another --seed.
 """
 
 from __future__ import annotations

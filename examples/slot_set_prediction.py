@@ -44,9 +44,12 @@ THRESHOLDS = {"any": math.inf, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/32
 
 
 PAPER: dict[str, Any] = {
-    "batch": 512, "steps": 150_000, "lr": 4e-4, "warm_up": 1_000, "halving": 50_000, "channels": 64,
+    "batch": 512, "steps": 150_000, "lr": 4e-4, "warm_up": 1_000, "halving": 50_000, "clip": None,
+    "channels": 64,
 }  # fmt: skip
-CPU: dict[str, Any] = {"batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500, "halving": 4_000, "channels": 32}
+CPU: dict[str, Any] = {
+    "batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500, "halving": 4_000, "clip": 1.0, "channels": 32,
+}  # fmt: skip
 
 
 class SetPredictor(nn.Module):
@@ -56,7 +59,7 @@ class SetPredictor(nn.Module):
         super().__init__()
         D, kind = options.dim, KINDS[options.scenes]
         self.encoder = shared.Encoder(options)
-        self.slot_attention = SlotAttention(kind.objects, D, iters=options.iters, backend=backend)
+        self.slot_attention = SlotAttention(kind.objects + 1, D, iters=options.iters, backend=backend)
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3 + kind.shapes + kind.colours))
 
     def forward(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -65,10 +68,13 @@ class SetPredictor(nn.Module):
 
 
 def targets(batch: dict[str, Tensor], kind: Kind) -> Tensor:
-    """What slots should say (B, K, 3 + shapes + colours): presence, centre, shape and colour; all 0 of no object."""
+    """What slots should say (B, K, 3 + shapes + colours): presence, centre, shape and colour; all 0 of no object.
+
+    There is one slot more than there can be objects: without, no slot could be the background's, which would be in all.
+    """
     shape, colour = F.one_hot(batch["shape"], kind.shapes), F.one_hot(batch["colour"], kind.colours)
     present = batch["present"].unsqueeze(-1)
-    return torch.cat((present, batch["centre"], shape, colour), -1) * present
+    return F.pad(torch.cat((present, batch["centre"], shape, colour), -1) * present, (0, 0, 0, 1))
 
 
 def matched(said: Tensor, wanted: Tensor) -> Tensor:
