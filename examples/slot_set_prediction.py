@@ -44,12 +44,9 @@ THRESHOLDS = {"any": math.inf, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/32
 
 
 PAPER: dict[str, Any] = {
-    "batch": 512, "steps": 150_000, "lr": 4e-4, "warm_up": 1_000, "halving": 50_000, "clip": None,
-    "channels": 64,
+    "batch": 512, "steps": 150_000, "lr": 4e-4, "warm_up": 1_000, "halving": 50_000, "channels": 64,
 }  # fmt: skip
-CPU: dict[str, Any] = {
-    "batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500, "halving": 4_000, "clip": 1.0, "channels": 32,
-}  # fmt: skip
+CPU: dict[str, Any] = {"batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500, "halving": 4_000, "channels": 32}
 
 
 class SetPredictor(nn.Module):
