@@ -33,7 +33,6 @@ class Settings:
     lr: float
     warm_up: int
     halving: int  # steps in which the rate halves
-    clip: float | None  # the norm that gradients are clipped to
     evaluate_every: int
     seed: int
 
@@ -201,8 +200,6 @@ def train(
             loss = loss_of(batch, generator)
             optimizer.zero_grad()
             loss.backward()
-            if options.clip is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), options.clip)
             optimizer.step()
             losses.append(loss.item())
             step += 1
