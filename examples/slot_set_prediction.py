@@ -56,7 +56,7 @@ class SetPredictor(nn.Module):
         super().__init__()
         D, kind = options.dim, KINDS[options.scenes]
         self.encoder = shared.Encoder(options)
-        self.slot_attention = SlotAttention(kind.objects + 1, D, iters=options.iters, backend=backend)
+        self.slot_attention = SlotAttention(kind.objects, D, iters=options.iters, backend=backend)
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3 + kind.shapes + kind.colours))
 
     def forward(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -65,13 +65,10 @@ class SetPredictor(nn.Module):
 
 
 def targets(batch: dict[str, Tensor], kind: Kind) -> Tensor:
-    """What slots should say (B, K, 3 + shapes + colours): presence, centre, shape and colour; all 0 of no object.
-
-    There is one slot more than there can be objects: without, no slot could be the background's, which would be in all.
-    """
+    """What slots should say (B, K, 3 + shapes + colours): presence, centre, shape and colour; all 0 of no object."""
     shape, colour = F.one_hot(batch["shape"], kind.shapes), F.one_hot(batch["colour"], kind.colours)
     present = batch["present"].unsqueeze(-1)
-    return F.pad(torch.cat((present, batch["centre"], shape, colour), -1) * present, (0, 0, 0, 1))
+    return torch.cat((present, batch["centre"], shape, colour), -1) * present
 
 
 def matched(said: Tensor, wanted: Tensor) -> Tensor:
