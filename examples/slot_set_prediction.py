@@ -20,21 +20,19 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import slot_training as shared
 import torch
 import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
-from slot_discovery import TEST_BATCH, TEST_SEED, batches, encoder, rate, resumed, save
 from slot_scenes import KINDS, Kind, Scenes
 from torch import Tensor, nn
 
@@ -43,22 +41,6 @@ from recattn_kernels import SlotAttention
 TEST_SCENES = 640
 # How far from an object's centre a slot's may be, in sides of the image.
 THRESHOLDS = {"any": math.inf, "1/4": 1 / 4, "1/8": 1 / 8, "1/16": 1 / 16, "1/32": 1 / 32}
-
-
-@dataclass(frozen=True)
-class Options:
-    scenes: str
-    paper: bool
-    dim: int
-    channels: int
-    iters: int
-    batch: int
-    steps: int
-    lr: float
-    warm_up: int
-    halving: int  # steps in which the rate halves
-    evaluate_every: int
-    seed: int
 
 
 PAPER: dict[str, Any] = {
@@ -70,17 +52,15 @@ CPU: dict[str, Any] = {"batch": 32, "steps": 10_000, "lr": 1e-3, "warm_up": 500,
 class SetPredictor(nn.Module):
     """Image (B, 3, H, W) to what each slot says (B, K, 3 + shapes + colours), all in (0, 1)."""
 
-    def __init__(self, options: Options, backend: str | None = None) -> None:
+    def __init__(self, options: shared.Settings, backend: str | None = None) -> None:
         super().__init__()
         D, kind = options.dim, KINDS[options.scenes]
-        self.encoder = encoder(options, kind.size)
-        self.features = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+        self.encoder = shared.Encoder(options)
         self.slot_attention = SlotAttention(kind.objects, D, iters=options.iters, backend=backend)
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3 + kind.shapes + kind.colours))
 
     def forward(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        features = self.features(self.encoder(image).flatten(2).transpose(1, 2))  # (B, N, D)
-        said: Tensor = self.head(self.slot_attention(features, generator=generator))
+        said: Tensor = self.head(self.slot_attention(self.encoder(image), generator=generator))
         return said.sigmoid()
 
 
@@ -133,76 +113,15 @@ def average_precision(said: Tensor, wanted: Tensor, kind: Kind, threshold: float
     return float((best * torch.tensor(right)).sum() / present.sum())
 
 
-@torch.no_grad()
-def evaluate(network: SetPredictor, scenes: Scenes, device: str) -> dict[str, float]:
-    network.eval()
+def evaluate(network: SetPredictor, scenes: Scenes, device: str) -> shared.Point:
     kind, generator = KINDS[scenes.name], torch.Generator(device).manual_seed(0)
     said, wanted = [], []
-    for batch in scenes.batches(TEST_BATCH):
+    for batch in scenes.batches(shared.TEST_BATCH):
         said.append(network(batch["image"].to(device), generator).cpu())
         wanted.append(targets(batch, kind))
-    network.train()
     results, truth = torch.cat(said), torch.cat(wanted)
     precisions = {name: average_precision(results, truth, kind, limit) for name, limit in THRESHOLDS.items()}
     return {"test_loss": float(set_loss(results, truth)), **precisions}
-
-
-def train(
-    options: Options, checkpoint: dict[str, Any] | None, minutes: float, device: str, workers: int,
-    backend: str | None, out: Path, console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    torch.manual_seed(options.seed)
-    kind, network = KINDS[options.scenes], SetPredictor(options, backend).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), options.lr)
-    test = Scenes(options.scenes, TEST_SEED + options.seed, TEST_SCENES)
-    generator = torch.Generator(device).manual_seed(options.seed)  # of the slots' noise
-    curve: list[dict[str, float]] = []
-    step, elapsed = 0, 0.0
-    if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["random_state"])
-        step, curve, elapsed = checkpoint["step"], checkpoint["curve"], checkpoint["elapsed"]
-    started = time.perf_counter() - elapsed
-    losses: list[float] = []
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.5f}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(options.scenes, total=options.steps, completed=step, loss=math.nan)
-        for batch in batches(options, step, workers):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(options, step)
-            loss = set_loss(network(batch["image"].to(device), generator), targets(batch, kind).to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            step += 1
-            progress.update(task, advance=1, loss=losses[-1])
-            assert math.isfinite(losses[-1]), f"the training diverged at step {step}: a smaller --lr may help"
-            is_last = step == options.steps or time.perf_counter() - started >= 60 * minutes
-            if not is_last and step % options.evaluate_every != 0:
-                continue
-            point = {"step": step, "train_loss": sum(losses) / len(losses), **evaluate(network, test, device)}
-            elapsed = time.perf_counter() - started
-            curve.append({**point, "minutes": elapsed / 60})
-            losses.clear()
-            progress.console.print(
-                f"step {step:6}  {elapsed / 60:6.1f} minutes  training {point['train_loss']:.5f}"
-                f"  test {point['test_loss']:.5f}  AP " + "  ".join(f"{name} {point[name]:.3f}" for name in THRESHOLDS)
-            )
-            checkpoint = {
-                "options": asdict(options), "step": step, "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(), "random_state": generator.get_state(), "curve": curve,
-                "elapsed": elapsed,
-            }  # fmt: skip
-            save(checkpoint, out / "last.pt")
-            if is_last:
-                break
-    return {"parameters": sum(p.numel() for p in network.parameters()), "curve": curve}
 
 
 def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
@@ -218,46 +137,52 @@ def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
 
 def main(
     context: typer.Context,
-    scenes: Annotated[str, typer.Option(help="tetrominoes or sprites.")] = "tetrominoes",
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's encoder and training.")] = False,
-    dim: Annotated[int, typer.Option(min=1, help="Of a slot.")] = 64,
+    scenes: shared.ScenesArgument = "tetrominoes",
+    paper: shared.PaperArgument = False,
+    dim: shared.DimArgument = 64,
     channels: Annotated[int | None, typer.Option(min=1, help="Of the convolutions.")] = None,
     iters: Annotated[int, typer.Option(min=1, help="Of slot attention.")] = 3,
-    batch: Annotated[int | None, typer.Option(min=1)] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    minutes: Annotated[float, typer.Option(min=0.001, help="Ends the training, if steps do not.")] = math.inf,
-    lr: Annotated[float | None, typer.Option(help="Adam's, once it is warm.")] = None,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 500,
-    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, noise and scenes.")] = 0,
-    device: Annotated[str, typer.Option(help="cuda where there is a GPU, by default.")] = "",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of slot attention: auto, reference, cpp, triton.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of checkpoint and curve.")] = Path("slot-set-results"),
-    resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")] = False,
+    batch: shared.BatchArgument = None,
+    steps: shared.StepsArgument = None,
+    minutes: shared.MinutesArgument = math.inf,
+    lr: shared.RateArgument = None,
+    evaluate_every: shared.EveryArgument = 500,
+    seed: shared.SeedArgument = 0,
+    device: shared.DeviceArgument = "",
+    workers: shared.WorkersArgument = 0,
+    backend: shared.BackendArgument = None,
+    out: shared.OutArgument = Path("slot-set-results"),
+    resume: shared.ResumeArgument = False,
 ) -> None:
     """Trains slot attention to name the objects of scenes, and measures how many it gets right."""
-    if scenes not in KINDS:
-        raise typer.BadParameter(f"--scenes must be one of {', '.join(KINDS)}, got {scenes}")
-    training = {**(PAPER if paper else CPU)}
-    given = {"batch": batch, "steps": steps, "lr": lr, "channels": channels}
-    training |= {name: value for name, value in given.items() if value is not None}
-    options = Options(
+    training = {**(PAPER if paper else CPU), **shared.given(batch=batch, steps=steps, lr=lr, channels=channels)}
+    options = shared.Settings(
         scenes=scenes, paper=paper, dim=dim, iters=iters, evaluate_every=evaluate_every, seed=seed, **training
     )
-    checkpoint = resumed(context, out, {"steps"}) if resume else None
-    if checkpoint is not None:
-        options = Options(**checkpoint["options"])
-        options = replace(options, steps=steps or options.steps)
-        if checkpoint["step"] >= options.steps:
-            raise typer.BadParameter(f"--resume: all {options.steps} steps have been taken: give it more with --steps")
+    options, checkpoint = shared.resumed(context, options, steps, out) if resume else (options, None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
-    result = train(options, checkpoint, minutes, device, workers, backend, out, console)
-    (out / "curve.json").write_text(json.dumps({"options": asdict(options), **result}, indent=1) + "\n")
-    plot(result["curve"], options.scenes, out / "curve.png")
-    last = result["curve"][-1]
+
+    torch.manual_seed(options.seed)
+    network, kind = SetPredictor(options, backend).to(device), KINDS[options.scenes]
+    test = Scenes(options.scenes, shared.TEST_SEED + options.seed, TEST_SCENES)
+
+    def shown(point: shared.Point) -> str:
+        return f"test {point['test_loss']:.5f}  AP " + "  ".join(f"{name} {point[name]:.3f}" for name in THRESHOLDS)
+
+    def loss(batch: shared.Batch, generator: torch.Generator) -> Tensor:
+        return set_loss(network(batch["image"], generator), targets(batch, kind))
+
+    curve = shared.train(
+        network, options, shared.Run(out, minutes, device, workers, console), checkpoint, loss,
+        evaluate=lambda: evaluate(network, test, device), shown=shown,
+    )  # fmt: skip
+    parameters = sum(p.numel() for p in network.parameters())
+    result = {"options": asdict(options), "parameters": parameters, "curve": curve}
+    (out / "curve.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(curve, options.scenes, out / "curve.png")
+    last = curve[-1]
     table = Table(title=f"{options.scenes}, {last['step']} steps: average precision by distance, in sides of the image")
     for name in THRESHOLDS:
         table.add_column(name, justify="right")

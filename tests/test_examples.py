@@ -171,16 +171,22 @@ def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples
         return str(result.output)
 
     example.TEST_SCENES = 8
-    size = ("--batch", "2", "--dim", "8", "--channels", "4", "--slots", "3", "--evaluate-every", "2", "--device", "cpu")
+    size = ("--batch", "2", "--dim", "8", "--channels", "4", "--slots", "4", "--evaluate-every", "2", "--device", "cpu")
     printed = run(*settings, *size, "--steps", "4")
     assert "foreground ARI" in printed
     written = json.loads((out / "curve.json").read_text())
     assert [point["step"] for point in written["curve"]] == [2, 4]
-    assert all(-1 <= p["ari"] <= 1 and p["train_mse"] > 0 and p["test_mse"] > 0 for p in written["curve"])
+    assert all(-1 <= p["ari"] <= 1 and p["train_loss"] > 0 and p["test_loss"] > 0 for p in written["curve"])
+    assert written["options"]["test_slots"] == (3 if settings == () else 4)
     for name in ("curve.png", "slots.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
     whole = torch.load(out / "last.pt", weights_only=True)
+    network = example.AutoEncoder(example.Options(**whole["options"]))
+    size_of_image = example.KINDS[whole["options"]["scenes"]].size
+    found = network(torch.zeros(1, 3, size_of_image, size_of_image), num_slots=2)
+    assert found.masks.shape == (1, 2, size_of_image, size_of_image)
+    torch.testing.assert_close(found.masks.sum(1), torch.ones_like(found.masks[:, 0]))
     if settings == ():
         run(*size, "--steps", "2")
         run("--resume", "--steps", "4")

@@ -1,0 +1,234 @@
+"""What the slot attention examples share: their arguments, an encoder, and a training that can be ended and resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from slot_scenes import KINDS, Scenes
+from torch import Tensor, nn
+
+TEST_SEED, TEST_BATCH = 1_000_000, 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What has a bearing on the result."""
+
+    scenes: str
+    paper: bool
+    dim: int
+    channels: int
+    iters: int
+    batch: int
+    steps: int
+    lr: float
+    warm_up: int
+    halving: int  # steps in which the rate halves
+    evaluate_every: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What has none."""
+
+    out: Path
+    minutes: float
+    device: str
+    workers: int
+    console: Console
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+Batch = dict[str, Tensor]
+Point = dict[str, float]  # of a learning curve
+Checkpoint = dict[str, Any]
+
+
+def known(scenes: str) -> str:
+    if scenes not in KINDS:
+        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, got {scenes}")
+    return scenes
+
+
+ScenesArgument = Annotated[str, typer.Option(help="tetrominoes or sprites.", callback=known)]
+PaperArgument = Annotated[bool, typer.Option("--paper", help="The paper's network and training.")]
+DimArgument = Annotated[int, typer.Option(min=1, help="Of a slot.")]
+BatchArgument = Annotated[int | None, typer.Option(min=1)]
+StepsArgument = Annotated[int | None, typer.Option(min=1)]
+MinutesArgument = Annotated[float, typer.Option(min=0.001, help="Ends the training, if steps do not.")]
+RateArgument = Annotated[float | None, typer.Option(help="Adam's, once it is warm.")]
+EveryArgument = Annotated[int, typer.Option(min=1, help="Steps.")]
+SeedArgument = Annotated[int, typer.Option(min=0, help="Of initialisation, noise and scenes.")]
+DeviceArgument = Annotated[str, typer.Option(help="cuda where there is a GPU, by default.")]
+WorkersArgument = Annotated[int, typer.Option(min=0, help="Processes that draw scenes.")]
+BackendArgument = Annotated[str | None, typer.Option(help="Of slot attention: auto, reference, cpp, triton.")]
+OutArgument = Annotated[Path, typer.Option(help="Folder of checkpoint, curve and pictures.")]
+ResumeArgument = Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not left to a default."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def resumed(
+    context: typer.Context, options: AnySettings, steps: int | None, out: Path
+) -> tuple[AnySettings, Checkpoint]:
+    """The checkpoint in out, and its options: no other may be asked for, but for the number of steps."""
+    free = {"resume", "out", "steps", *(name for name in Run.__annotations__), "backend"}
+    for key in context.params:
+        source = context.get_parameter_source(key)
+        if key not in free and source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+    checkpoint: Checkpoint = torch.load(out / "last.pt", weights_only=True)
+    options = type(options)(**checkpoint["options"])
+    options = replace(options, steps=steps or options.steps)
+    if checkpoint["step"] >= options.steps:
+        raise typer.BadParameter(f"--resume: all {options.steps} steps have been taken: give it more with --steps")
+    return options, checkpoint
+
+
+class SoftPosition(nn.Module):
+    """Adds to each feature of a picture (B, C, H, W) a linear function of its distances from the four edges."""
+
+    grid: Tensor
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        axis = torch.linspace(0, 1, size)
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))
+        self.register_buffer("grid", torch.cat((grid, 1 - grid)), persistent=False)  # (4, H, W)
+        self.project = nn.Conv2d(4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.grid)
+
+
+class Encoder(nn.Module):
+    """An image (B, 3, H, W) to features (B, N, D) of its places, which know where they are."""
+
+    def __init__(self, options: Settings) -> None:
+        super().__init__()
+        C, D, size = options.channels, options.dim, KINDS[options.scenes].size
+        if options.paper:
+            layers = [
+                nn.Conv2d(3, C, 5, 1, 2),
+                nn.Conv2d(C, C, 5, 1, 2),
+                nn.Conv2d(C, C, 5, 1, 2),
+                nn.Conv2d(C, D, 5, 1, 2),
+            ]
+        else:
+            first = 1 if size < 64 else 2
+            layers = [
+                nn.Conv2d(3, C, 5, first, 2),
+                nn.Conv2d(C, C, 5, 2, 2),
+                nn.Conv2d(C, C, 3, 1, 1),
+                nn.Conv2d(C, D, 3, 1, 1),
+            ]
+            size = math.ceil(math.ceil(size / first) / 2)
+        self.places = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), SoftPosition(D, size))
+        self.features = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.features(self.places(image).flatten(2).transpose(1, 2))
+        return features
+
+
+def rate(options: Settings, step: int) -> float:
+    return options.lr * min(1.0, (step + 1) / options.warm_up) * 0.5 ** (step / options.halving)
+
+
+def batches(options: Settings, step: int, run: Run) -> Iterator[Batch]:
+    """Those from this step on: each scene is seen once."""
+    count = (options.steps - step) * options.batch
+    scenes = Scenes(options.scenes, options.seed, count, step * options.batch)
+    for batch in scenes.batches(options.batch, run.workers):
+        yield {name: tensor.to(run.device) for name, tensor in batch.items()}
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    torch.save(checkpoint, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def train(
+    network: nn.Module,
+    options: Settings,
+    run: Run,
+    checkpoint: Checkpoint | None,
+    loss_of: Callable[[Batch, torch.Generator], Tensor],
+    evaluate: Callable[[], Point],
+    shown: Callable[[Point], str],
+) -> list[Point]:
+    """Trains the network by loss_of(batch, generator of the slots' noise), and returns the learning curve.
+
+    evaluate() measures it, and shown() has in words what it measured. After each measurement there is a checkpoint.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), options.lr)
+    generator = torch.Generator(run.device).manual_seed(options.seed)
+    curve: list[Point] = []
+    step, elapsed, cpu = 0, 0.0, 0.0
+    if checkpoint is not None:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["random_state"])
+        step, curve = checkpoint["step"], checkpoint["curve"]
+        elapsed, cpu = 60 * curve[-1]["minutes"], curve[-1]["cpu_seconds"]
+    started, cpu_started = time.perf_counter() - elapsed, time.process_time() - cpu
+    losses: list[float] = []
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.5f}  {task.fields[test]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=run.console) as progress:
+        test = shown(curve[-1]) if curve else ""
+        task = progress.add_task(options.scenes, total=options.steps, completed=step, loss=math.nan, test=test)
+        for batch in batches(options, step, run):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(options, step)
+            loss = loss_of(batch, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+            progress.update(task, advance=1, loss=losses[-1])
+            assert math.isfinite(losses[-1]), f"the training diverged at step {step}: a smaller --lr may help"
+            elapsed = time.perf_counter() - started
+            is_last = step == options.steps or elapsed >= 60 * run.minutes
+            if not is_last and step % options.evaluate_every != 0:
+                continue
+            network.eval()
+            with torch.no_grad():
+                measured = evaluate()
+            network.train()
+            point = {
+                "step": step, "minutes": (time.perf_counter() - started) / 60,
+                "cpu_seconds": time.process_time() - cpu_started, "train_loss": sum(losses) / len(losses), **measured,
+            }  # fmt: skip
+            losses.clear()
+            curve.append(point)
+            progress.update(task, test=shown(point))
+            progress.console.print(
+                f"step {step:6}  {point['minutes']:6.1f} minutes  training {point['train_loss']:.5f}  {shown(point)}",
+                soft_wrap=True,
+            )
+            checkpoint = {
+                "options": asdict(options), "step": step, "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(), "random_state": generator.get_state(), "curve": curve,
+            }  # fmt: skip
+            save(checkpoint, run.out / "last.pt")
+            if is_last:
+                break
+    return curve
