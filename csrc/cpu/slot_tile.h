@@ -5,141 +5,18 @@
 #pragma once
 
 #include "slot_attention.h"
-#include "tile.h"
+#include "slot_product.h"
 #include "workspace.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 32;
+constexpr int64_t BLOCK = 32;  // more would push the keys, as they are and turned, out of the caches
 
 template <class R>
 int64_t padded(int64_t n) {
   return ceil_div(n, LANES<R>) * LANES<R>;
-}
-
-template <class R>
-Vec<R> load_vector(const R* from) {
-  Vec<R> v;
-  memcpy(&v, from, VECTOR_BYTES);
-  return v;
-}
-template <class R>
-void store_vector(R* to, const Vec<R>& v) {
-  memcpy(to, &v, VECTOR_BYTES);
-}
-
-// Asks for memory before its use, line by line, from within the loops of the products. Asked for in one go, the lines
-// would wait for each other and the products for them; read only when they are needed, 16 rows at a time, they come in
-// an order in which the hardware does not see what is next.
-class Ahead {
- public:
-  uintptr_t line = 0, end = 0;  // the next to ask for, and where what lies in one piece with it ends
-  int64_t step = 0;
-
-  void clear() { line = end = 0, step = 0, count = number = 0; }
-
-  // `rows` rows of `width` bytes, `stride` apart. What finds no place any more is left to the hardware.
-  void add(uintptr_t from, int64_t stride, int64_t width, int64_t rows) {
-    if (count == MOST || width == 0) return;
-    if (stride == width) width *= rows, rows = 1;
-    areas[count++] = {from, stride, width, rows};
-    if (count == 1) line = start();
-  }
-
-  // The line that follows `now`, when that has come to the end.
-  __attribute__((noinline)) uintptr_t next(uintptr_t now) {
-    if (number < count && --areas[number].rows > 0) {
-      areas[number].row += areas[number].stride;
-    } else if (number < count) {
-      ++number;
-    }
-    if (number < count) return start();
-    step = 0, end = UINTPTR_MAX;  // the last one again and again, which costs nothing
-    return now - 1;
-  }
-
- private:
-  static constexpr int MOST = 16;
-  struct Area {
-    uintptr_t row;
-    int64_t stride, width, rows;
-  };
-
-  uintptr_t start() {
-    step = 64, end = areas[number].row + areas[number].width;
-    return areas[number].row;
-  }
-
-  Area areas[MOST];
-  int count = 0, number = 0;
-};
-
-// out[r][c] (+)= sum over i of a(r, i) * weights[i * step + c], for ROWS r and V vectors of c. a(r, i) is a[r * a_step + i],
-// or a[i * a_step + r] if TURNED.
-template <bool TURNED, int ROWS, int V, class R>
-__attribute__((noinline)) void product_tile(const R* a, int64_t a_step, const R* weights, int64_t step, int64_t inner,
-                                            R* out, int64_t out_stride, bool first, Ahead& ahead) {
-  uintptr_t line = ahead.line, line_end = ahead.end;
-  int64_t line_step = ahead.step;
-  Vec<R> sums[ROWS][V] = {};
-  for (int64_t i = 0; i < inner; ++i, a += TURNED ? a_step : 1, weights += step) {
-    // Two lines are what the products with the fewest slots need.
-    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(line + line_step), 0, 2);
-    line += 2 * line_step;
-    if (__builtin_expect(line >= line_end, 0)) {
-      line = ahead.next(line);
-      line_end = ahead.end, line_step = ahead.step;
-    }
-    Vec<R> w[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load_vector(weights + v * LANES<R>);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[r][v] += w[v] * a[TURNED ? r : r * a_step];
-    }
-  }
-  ahead.line = line;
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      R* const to = out + r * out_stride + v * LANES<R>;
-      store_vector(to, first ? sums[r][v] : load_vector(to) + sums[r][v]);
-    }
-  }
-}
-
-// The same for any number of rows, and of columns that is a multiple of a vector.
-template <bool TURNED = false, class R>
-void product(const R* a, int64_t a_step, int64_t rows, const R* weights, int64_t step, int64_t inner,
-             R* out, int64_t out_stride, int64_t columns, bool first, Ahead& ahead) {
-  int64_t c = 0;
-  const auto panels = [&]<int V>() {
-    constexpr int ROWS = Tiles<V, R>::ROWS;
-    const int64_t tiles = ceil_div(rows, ROWS);
-    for (; c + V * LANES<R> <= columns; c += V * LANES<R>) {
-      int64_t i = 0;
-      do {  // so much of the weights stays in the first-level cache while all tiles go over it
-        const int64_t n = least(CHAIN, inner - i);
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t r = part(rows, t, tiles);
-          by_height<ROWS>(part(rows, t + 1, tiles) - r, [&]<int HEIGHT>() {
-            const R* const from = TURNED ? a + i * a_step + r : a + r * a_step + i;
-            product_tile<TURNED, HEIGHT, V>(from, a_step, weights + i * step + c, step, n, out + r * out_stride + c,
-                                            out_stride, first && i == 0, ahead);
-          });
-        }
-        i += n;
-      } while (i < inner);
-    }
-  };
-  if (rows <= Tiles<4, R>::ROWS) panels.template operator()<4>();
-  panels.template operator()<2>();
-  panels.template operator()<1>();
 }
 
 template <class F>

@@ -167,8 +167,9 @@ RECATTN_FN void transpose_square(const float* const* rows, float* to, int64_t st
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-      b[2 + i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+      const Vec<float> &even = a[2 * i], &odd = a[2 * i + 1];
+      b[i] = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+      b[2 + i] = __builtin_shufflevector(even, odd, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
