@@ -177,7 +177,7 @@ def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples
     written = json.loads((out / "curve.json").read_text())
     assert [point["step"] for point in written["curve"]] == [2, 4]
     assert all(-1 <= p["ari"] <= 1 and p["train_loss"] > 0 and p["test_loss"] > 0 for p in written["curve"])
-    assert written["options"]["test_slots"] == (3 if settings == () else 4)
+    assert written["options"]["test_slots"] == 4
     for name in ("curve.png", "slots.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
