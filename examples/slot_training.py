@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
+from checkpoints import check_resumed, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from slot_scenes import KINDS, Scenes
@@ -85,11 +86,7 @@ def resumed(
     context: typer.Context, options: AnySettings, steps: int | None, out: Path
 ) -> tuple[AnySettings, Checkpoint]:
     """The checkpoint in out, and its options: no other may be asked for, but for the number of steps."""
-    free = {"resume", "out", "steps", *(name for name in Run.__annotations__), "backend"}
-    for key in context.params:
-        source = context.get_parameter_source(key)
-        if key not in free and source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"--resume takes this option from the checkpoint: {key}")
+    check_resumed(context, {"steps", "backend", *Run.__annotations__})
     checkpoint: Checkpoint = torch.load(out / "last.pt", weights_only=True)
     options = type(options)(**checkpoint["options"])
     options = replace(options, steps=steps or options.steps)
@@ -154,11 +151,6 @@ def batches(options: Settings, step: int, run: Run) -> Iterator[Batch]:
     scenes = Scenes(options.scenes, options.seed, count, step * options.batch)
     for batch in scenes.batches(options.batch, run.workers):
         yield {name: tensor.to(run.device) for name, tensor in batch.items()}
-
-
-def save(checkpoint: Checkpoint, path: Path) -> None:
-    torch.save(checkpoint, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
 
 
 def train(
