@@ -10,16 +10,6 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-// Sums of one part of a sample's inputs, for each row of its tiles.
-template <class R>
-struct Sums {
-  Sums(const Plan<R>& plan, R* memory, int64_t task)
-      : q(memory + task * size(plan)), bias(q + plan.rows * plan.D) {}
-  static int64_t size(const Plan<R>& plan) { return plan.rows * (plan.D + LANES<R>); }
-
-  R *q, *bias;  // (rows, D), (rows, LANES)
-};
-
 template <class R>
 struct Backward {
   static int64_t bytes(const Plan<R>& plan) {
@@ -33,8 +23,8 @@ struct Backward {
         out(memory.take<R>(BLOCK * (plan.D > plan.Dv ? plan.D : plan.Dv))) {}
 
   void run(int64_t task) {
-    const Sums<R> sum(plan, sums, task);
-    memset(sum.q, 0, Sums<R>::size(plan) * sizeof(R));
+    const Sums<R> sum(plan, plan.D, sums, task);
+    memset(sum.products, 0, Sums<R>::size(plan, plan.D) * sizeof(R));
     tile.begin(task / plan.parts);
     if (tile.rows() == 0) return;
     if (p.grad_updates) flow_in();
@@ -46,12 +36,12 @@ struct Backward {
       tile.look_ahead(p.grad_v, p.Dv, inputs);
       tile.attend(inputs);
       through_softmax(inputs);
-      add_rows(ds, tile.rows(), inputs.count, R(0), sum.bias);
+      add_rows(ds, tile.rows(), inputs.count, R(0), sum.lanes);
       for (int64_t h = 0; h < plan.group; ++h) {
         const int64_t at = h * tile.active;
         if (p.grad_q) {
           const Block<R> k = tile.keys(h, inputs);
-          product(ds + at * BLOCK, BLOCK, tile.active, k.data, k.step, inputs.count, sum.q + at * plan.D, plan.D,
+          product(ds + at * BLOCK, BLOCK, tile.active, k.data, k.step, inputs.count, sum.products + at * plan.D, plan.D,
                   plan.D, false, tile.ahead);
         }
         inputs_grads(h, inputs);
@@ -146,7 +136,8 @@ struct Backward {
     }
     return {out, padded_width};
   }
-  void store(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, const Block<R>& from) {
+  void store(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs,
+             const Block<R>& from) {
     if (from.data != out) return;
     for (int64_t i = 0; i < inputs.count; ++i) {
       write(t, tile.offset(t, h, inputs[i]), out + i * padded_width, width);
@@ -175,9 +166,9 @@ struct Finish {
       R* const q = static_cast<R*>(p.grad_q) + tile.slot(r) * p.D;
       R bias = 0;
       for (int64_t i = 0; i < plan.parts; ++i) {
-        const Sums<R> sum(plan, sums, s * plan.parts + i);
-        bias += sum_lanes(sum.bias + r * LANES<R>);
-        for (int64_t d = 0; p.grad_q && d < p.D; ++d) q[d] += sum.q[r * plan.D + d];
+        const Sums<R> sum(plan, plan.D, sums, s * plan.parts + i);
+        bias += sum_lanes(sum.lanes + r * LANES<R>);
+        for (int64_t d = 0; p.grad_q && d < p.D; ++d) q[d] += sum.products[r * plan.D + d];
       }
       for (int64_t d = 0; p.grad_q && d < p.D; ++d) q[d] *= R(p.scale);
       if (p.grad_bias) static_cast<R*>(p.grad_bias)[tile.slot(r)] = bias;
@@ -193,11 +184,7 @@ struct Finish {
 template <class R>
 void run(const SlotAttentionBackward& p) {
   const Plan<R> plan(p);
-  const int64_t tasks = plan.samples * plan.parts, size = tasks * Sums<R>::size(plan);
-  Workspace memory(Workspace::bytes<R>(size));
-  R* const sums = memory.take<R>(size);
-  on_workers<Backward<R>>(plan, Backward<R>::bytes(plan), tasks, &p, sums);
-  if (p.grad_q || p.grad_bias) on_workers<Finish<R>>(plan, 0, plan.samples, &p, sums);
+  sum_parts<Backward<R>, Finish<R>>(plan, p, plan.D, Backward<R>::bytes(plan), p.grad_q || p.grad_bias);
 }
 
 }  // namespace

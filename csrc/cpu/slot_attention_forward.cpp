@@ -8,24 +8,14 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-// Sums of one part of a sample's inputs, for each row of its tiles.
-template <class R>
-struct Sums {
-  Sums(const Plan<R>& plan, R* memory, int64_t task)
-      : updates(memory + task * size(plan)), den(updates + plan.rows * plan.Dv) {}
-  static int64_t size(const Plan<R>& plan) { return plan.rows * (plan.Dv + LANES<R>); }
-
-  R *updates, *den;  // (rows, Dv), (rows, LANES)
-};
-
 template <class R>
 struct Forward {
   Forward(const Plan<R>& plan, Workspace& memory, const SlotAttentionForward* p, R* sums)
       : plan(plan), p(*p), tile(plan, memory), sums(sums) {}
 
   void run(int64_t task) {
-    const Sums<R> sum(plan, sums, task);
-    memset(sum.updates, 0, Sums<R>::size(plan) * sizeof(R));
+    const Sums<R> sum(plan, plan.Dv, sums, task);
+    memset(sum.products, 0, Sums<R>::size(plan, plan.Dv) * sizeof(R));
     tile.begin(task / plan.parts);
     if (tile.rows() == 0) return;
     tile.each_block(task % plan.parts, [&](const Inputs& inputs) {
@@ -34,11 +24,11 @@ struct Forward {
       tile.look_ahead(p.v, p.Dv, inputs);
       tile.attend(inputs);
       if (p.attn.data) write_attn(inputs);
-      add_rows(tile.a, tile.rows(), inputs.count, p.denominator ? R(0) : R(p.eps), sum.den);
+      add_rows(tile.a, tile.rows(), inputs.count, p.denominator ? R(0) : R(p.eps), sum.lanes);
       for (int64_t h = 0; h < plan.group; ++h) {
         const Block<R> v = tile.values(h, inputs);
         product(tile.a + h * tile.active * BLOCK, BLOCK, tile.active, v.data, v.step, inputs.count,
-                sum.updates + h * tile.active * plan.Dv, plan.Dv, plan.Dv, false, tile.ahead);
+                sum.products + h * tile.active * plan.Dv, plan.Dv, plan.Dv, false, tile.ahead);
       }
     });
   }
@@ -71,9 +61,9 @@ struct Finish {
       R* const updates = static_cast<R*>(p.updates) + tile.slot(r) * p.Dv;
       R den = p.denominator ? R(p.eps) : R(0);
       for (int64_t i = 0; i < plan.parts; ++i) {
-        const Sums<R> sum(plan, sums, s * plan.parts + i);
-        den += sum_lanes(sum.den + r * LANES<R>);
-        for (int64_t d = 0; d < p.Dv; ++d) updates[d] += sum.updates[r * plan.Dv + d];
+        const Sums<R> sum(plan, plan.Dv, sums, s * plan.parts + i);
+        den += sum_lanes(sum.lanes + r * LANES<R>);
+        for (int64_t d = 0; d < p.Dv; ++d) updates[d] += sum.products[r * plan.Dv + d];
       }
       static_cast<R*>(p.den)[tile.slot(r)] = den;
       for (int64_t d = 0; d < p.Dv; ++d) updates[d] /= den == 0 ? R(1) : den;
@@ -89,11 +79,7 @@ struct Finish {
 template <class R>
 void run(const SlotAttentionForward& p) {
   const Plan<R> plan(p);
-  const int64_t tasks = plan.samples * plan.parts, size = tasks * Sums<R>::size(plan);
-  Workspace memory(Workspace::bytes<R>(size));
-  R* const sums = memory.take<R>(size);
-  on_workers<Forward<R>>(plan, 0, tasks, &p, sums);
-  on_workers<Finish<R>>(plan, 0, plan.samples, &p, sums);
+  sum_parts<Forward<R>, Finish<R>>(plan, p, plan.Dv, 0, true);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The products of slot attention, of a few rows with a block of inputs, which ask for the next block's memory meanwhile.
+// The products of slot attention, of a few rows with a block of inputs; they ask for the next block's memory meanwhile.
 #pragma once
 
 #include "tile.h"

@@ -291,6 +291,16 @@ class Tile {
   }
 };
 
+// Sums of one part of a sample's inputs, for each row of its tiles: `width` of products, and one in LANES parts.
+template <class R>
+struct Sums {
+  Sums(const Plan<R>& plan, int64_t width, R* memory, int64_t task)
+      : products(memory + task * size(plan, width)), lanes(products + plan.rows * width) {}
+  static int64_t size(const Plan<R>& plan, int64_t width) { return plan.rows * (width + LANES<R>); }
+
+  R *products, *lanes;  // (rows, width), (rows, LANES)
+};
+
 // Worker(plan, memory).run(task) for each task, in a thread's own memory of `bytes` beside a tile's.
 template <class Worker, class R, class... Rest>
 void on_workers(const Plan<R>& plan, int64_t bytes, int64_t tasks, Rest... rest) {
@@ -303,6 +313,16 @@ void on_workers(const Plan<R>& plan, int64_t bytes, int64_t tasks, Rest... rest)
     Worker worker(plan, mine, rest...);
     for (int64_t i = part(tasks, thread, count); i < part(tasks, thread + 1, count); ++i) worker.run(i);
   });
+}
+
+// Worker sums up each part of each sample, and Finish, if there is anything to finish, the parts of each sample.
+template <class Worker, class Finish, class R, class P>
+void sum_parts(const Plan<R>& plan, const P& p, int64_t width, int64_t bytes, bool finish) {
+  const int64_t tasks = plan.samples * plan.parts, size = tasks * Sums<R>::size(plan, width);
+  Workspace memory(Workspace::bytes<R>(size));
+  R* const sums = memory.take<R>(size);
+  on_workers<Worker>(plan, bytes, tasks, &p, sums);
+  if (finish) on_workers<Finish>(plan, 0, plan.samples, &p, sums);
 }
 
 }  // namespace
