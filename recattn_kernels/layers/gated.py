@@ -218,6 +218,12 @@ class LSTM(Layer, nn.LSTM):
         grad_clip: also clamps dL/dc_t as it comes from the later steps.
         backend: with proj_size > 0, vendor and reference alone.
 
+    Shapes: input (T, B, D), with batch_first (B, T, D), unbatched (T, D), or a PackedSequence; output alike, with H in
+    the place of D, 2H if bidirectional; h and c (num_layers * directions, B, H). In output and h proj_size, if there is
+    one, stands for H.
+
+    Raises: what torch.nn.LSTM raises where it checks, otherwise what :class:`RNN` raises.
+
     Sources: Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers, Schmidhuber and Cummins, "Learning to
     forget", 2000; proj_size: Sak, Senior and Beaufays, arXiv:1402.1128; the options': see :class:`RNN`.
     """
@@ -238,6 +244,11 @@ class GRU(Layer, nn.GRU):
     The constructor's arguments, the call, what it returns, the parameters' names and their initialisation are
     torch.nn.GRU's, and a GRU is a torch.nn.GRU. What is added is that of :class:`RNN`, all of it by keyword; layer_norm
     normalises over 3H features, and its parameters are (3H,).
+
+    Shapes: input (T, B, D), with batch_first (B, T, D), unbatched (T, D), or a PackedSequence; output alike, with H in
+    the place of D, 2H if bidirectional; h (num_layers * directions, B, H).
+
+    Raises: what torch.nn.GRU raises where it checks, otherwise what :class:`RNN` raises.
 
     Sources: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
     translation", 2014, arXiv:1406.1078; the options': see :class:`RNN`.

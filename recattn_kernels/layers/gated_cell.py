@@ -62,6 +62,10 @@ class RNNCell(Cell, nn.RNNCell):
     parameters of layer_norm are ln_ih_weight, ln_ih_bias, ln_hh_weight and ln_hh_bias. recurrent_dropout draws a mask a
     call, which in a cell is a step.
 
+    Shapes: input (B, D) or (D,); h (B, H) or (H,).
+
+    Raises: what torch.nn.RNNCell raises where it checks, otherwise what :class:`recattn_kernels.RNN` raises.
+
     Sources: see :class:`recattn_kernels.RNN`.
     """
 
@@ -85,6 +89,10 @@ class LSTMCell(Cell, nn.LSTMCell):
     torch.nn.LSTMCell's, and an LSTMCell is a torch.nn.LSTMCell. The options are those of :class:`RNNCell`, layer_norm
     and zoneout those of :class:`recattn_kernels.LSTM`: ln_c_weight and ln_c_bias, and a pair for h and c.
 
+    Shapes: input (B, D) or (D,); h and c (B, H) or (H,).
+
+    Raises: what torch.nn.LSTMCell raises where it checks, otherwise what :class:`recattn_kernels.RNN` raises.
+
     Sources: see :class:`recattn_kernels.LSTM`.
     """
 
@@ -103,6 +111,10 @@ class GRUCell(Cell, nn.GRUCell):
 
     The constructor's arguments, the call, what it returns, the parameters' names and their initialisation are
     torch.nn.GRUCell's, and a GRUCell is a torch.nn.GRUCell. The options are those of :class:`RNNCell`.
+
+    Shapes: input (B, D) or (D,); h (B, H) or (H,).
+
+    Raises: what torch.nn.GRUCell raises where it checks, otherwise what :class:`recattn_kernels.RNN` raises.
 
     Sources: see :class:`recattn_kernels.GRU`.
     """
