@@ -10,6 +10,8 @@ from recattn_kernels import checks
 
 def autocasts(input: Tensor) -> bool:
     """Whether torch.autocast is on for the device of input."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = input.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

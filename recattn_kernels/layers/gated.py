@@ -21,6 +21,17 @@ class Layer(Gated, nn.RNNBase):
         directions = ("", "_reverse") if self.bidirectional else ("",)
         return [f"_l{k}{direction}" for k in range(self.num_layers) for direction in directions]
 
+    def _weights_have_changed(self) -> bool:
+        """torch.nn's answer, which looks up each weight twice through Module.__getattr__: 4 us a call."""
+        parameters = self._parameters
+        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            if name not in parameters:  # a parametrisation has taken its place
+                return bool(super()._weights_have_changed())  # type: ignore[no-untyped-call]
+            weight = parameters[name]
+            if ref is not None and weight is not None and ref() is not weight:
+                return True
+        return False
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -30,7 +41,9 @@ class Layer(Gated, nn.RNNBase):
         reset: Tensor | None = None,
     ) -> Any:
         name = self._vendor.__name__
-        extras = [what for what, value in (("lengths", lengths), ("reset", reset)) if value is not None]
+        extras = ["lengths"] if lengths is not None else []
+        if reset is not None:
+            extras.append("reset")
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{name}: lengths must be None with a PackedSequence, which has its own")

@@ -22,10 +22,7 @@ def vendor_is_faster(
     dtype: torch.dtype,
     T: int,
     B: int,
-    D: int,
     H: int,
-    layers: int,
-    directions: int,
     packed: bool,
     needs_grad: bool,
 ) -> bool:
@@ -35,8 +32,7 @@ def vendor_is_faster(
         op: rnn, lstm or gru.
         device: the type of the device.
         dtype: of the projected input, which autocast may have made 16-bit.
-        T, B, D, H: steps, rows, input and hidden features. T is 1 for a cell.
-        layers, directions: 1 for a cell.
+        T, B, H: steps, rows and hidden features. T is 1 for a cell.
         packed: input is a PackedSequence; T and B are those of the padded batch.
         needs_grad: a backward may follow.
 

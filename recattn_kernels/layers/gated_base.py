@@ -83,6 +83,11 @@ class Gated(nn.Module):
         """What follows a parameter's name, for every recurrence of the module."""
         return [""]
 
+    def _weight_hh(self) -> Tensor:
+        """Of the first recurrence."""
+        weight_hh: Tensor = getattr(self, "weight_hh" + self._suffixes()[0])
+        return weight_hh
+
     @property
     def _cell(self) -> str:
         """The op's cell, of ops.gated.contract.CELLS."""
@@ -158,12 +163,13 @@ class Gated(nn.Module):
         name = backends.requested(self._vendor.__name__, self.backend)
         if name not in ("auto", "vendor"):
             return name
+        differentiates = torch.is_grad_enabled()
         extras = self._extras()
-        # What makes no difference to this call is no reason to refuse it.
-        if not self.training and "recurrent_dropout" in extras:
-            extras.remove("recurrent_dropout")
-        if not torch.is_grad_enabled() and "grad_clip" in extras:
-            extras.remove("grad_clip")
+        if extras:  # what makes no difference to this call is no reason to refuse it
+            if not self.training and "recurrent_dropout" in extras:
+                extras.remove("recurrent_dropout")
+            if not differentiates and "grad_clip" in extras:
+                extras.remove("grad_clip")
         extras += called_with
         if name == "vendor":
             if extras:
@@ -176,9 +182,6 @@ class Gated(nn.Module):
         if extras or T == 0 or backends.under_transform():
             return name
         dtype = projected_dtype(input, input.dtype)
-        suffixes = self._suffixes()
-        weight_hh: Tensor = getattr(self, "weight_hh" + suffixes[0])
-        directions = 2 if getattr(self, "bidirectional", False) else 1
         vendor = (
             getattr(self, "proj_size", 0) > 0
             or vendor_is_faster(
@@ -187,14 +190,11 @@ class Gated(nn.Module):
                 dtype=dtype,
                 T=T,
                 B=B,
-                D=self.input_size,
                 H=self.hidden_size,
-                layers=len(suffixes) // directions,
-                directions=directions,
                 packed=packed is not None,
-                needs_grad=torch.is_grad_enabled() and (input.requires_grad or weight_hh.requires_grad),
+                needs_grad=differentiates and (input.requires_grad or self._weight_hh().requires_grad),
             )
-            or fused_backend(self._op, self._cell, weight_hh, dtype, T, B, packed) is None
+            or fused_backend(self._op, self._cell, self._weight_hh(), dtype, T, B, packed) is None
         )
         return "vendor" if vendor else name
 
