@@ -57,6 +57,24 @@ def test_the_mean_of_whole_pixels_is_exact(backend: str) -> None:
     assert torch.equal(out[0, 1], F.avg_pool2d(image, 2)[0])
 
 
+@pytest.mark.parametrize("side", [3, 17, 70])
+@pytest.mark.parametrize("size", [1, (5, 17), (12, 33)])
+def test_windows_that_double(side: int, size: int | tuple[int, int]) -> None:
+    """Cells of 1, 2, 4, 8 and 16 pixels, whose windows lie inside the image, across its edges, and around all of it."""
+    generator = torch.Generator().manual_seed(side)
+    image = torch.randn(3, 2, side, side + 2, generator=generator).requires_grad_()
+    loc = (torch.rand(3, 4, 2, generator=generator) * 2 - 1) * 1.3
+    loc[0] = (loc[0] * 8).round() / 8  # some cells' edges on those of pixels
+    out = glimpse(image, loc, size, scales=5, backend="cpp")
+    grad_out = torch.randn(out.shape, generator=generator)
+    (grad,) = torch.autograd.grad(out, image, grad_out)
+    exact_image = image.detach().double().requires_grad_()
+    exact = glimpse(exact_image, loc.double(), size, scales=5, backend="reference")
+    (exact_grad,) = torch.autograd.grad(exact, exact_image, grad_out.double())
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, exact_grad.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_derivative_on_the_grid_is_the_one_to_the_right(backend: str) -> None:
     """Every edge falls on a pixel's. On a ramp both sides agree: to count both would double it."""
     image = torch.arange(8.0).expand(1, 1, 8, 8)

@@ -25,6 +25,7 @@ inline int64_t clamped(double v, int64_t low, int64_t high) {
 }
 
 inline double down(double v) { return __builtin_floor(v); }
+inline double within_reach(double centre) { return centre < -FAR ? -FAR : centre > FAR ? FAR : centre; }
 
 // Memory of one thread, aligned for any vector; grows as it is asked for more and keeps nothing.
 template <class T>
@@ -82,11 +83,7 @@ class Axis {
     N_ = N, padding_ = p.padding;
     const bool area = p.mode == GlimpseMode::area;
     reserve(end, area ? int64_t(k < double(N) ? k : double(N)) + 2 : 2);
-    if (padding_ == Padding::reflect) {
-      centre = modulo(centre, 2.0 * double(N));
-    } else {
-      centre = centre < -FAR ? -FAR : centre > FAR ? FAR : centre;
-    }
+    centre = padding_ == Padding::reflect ? modulo(centre, 2.0 * double(N)) : within_reach(centre);
     const double half = double(n) / 2;
     slope = area ? R(1 / k) : R(1);
     shrinks = area;

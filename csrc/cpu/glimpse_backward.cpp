@@ -6,7 +6,7 @@
 //        along the cells' edges; in y alike
 //   dk = sum of dout[i][j] * slope * (m(j) (E[i][upper(j)] - E[i][lower(j)]) + E[i][upper(j)] - out[i][j]), for area;
 //        the last two terms, by which a cell grows about its lower edge, are not there in bilinear; in y alike
-#include "glimpse_rows.h"
+#include "glimpse_even.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -16,7 +16,15 @@ constexpr int64_t BAND_BYTES = 1 << 18;  // of an image's gradient, in the secon
 
 template <class R>
 void add_scaled(R* __restrict to, const R* __restrict from, R scale, int64_t n) {
-  for (int64_t x = 0; x < n; ++x) to[x] += from[x] * scale;
+  int64_t x = 0;
+  for (; x + LANES<R> <= n; x += LANES<R>) {
+    Vec<R> sum, more;
+    memcpy(&sum, to + x, VECTOR_BYTES);
+    memcpy(&more, from + x, VECTOR_BYTES);
+    sum += more * scale;
+    memcpy(to + x, &sum, VECTOR_BYTES);
+  }
+  for (; x < n; ++x) to[x] += from[x] * scale;
 }
 
 template <class S, class R>
@@ -48,6 +56,7 @@ class Image {
  private:
   const GlimpseBackward& p_;
   Axis<R> down_, across_;
+  EvenAxes<R> even_;
   Buffer<R> band_buffer_, line_buffer_, cell_buffer_;
   R* band_ = nullptr;
   int64_t top_ = 0, bottom_ = 0, plane_ = 0;
@@ -60,6 +69,7 @@ class Image {
         const double centre = place.centre_y(p_), reach = double(p_.height) / 2 * place.k + 2;
         if (centre + reach < double(top_) || centre - reach > double(bottom_)) return;
       }
+      if (even_.set(p_, place)) return even(((b * p_.G + g) * p_.S + s) * p_.C * p_.height);
       down_.smooth(p_, place.centre_y(p_), place.k, p_.height, p_.H, 0, p_.height, false);
       if (down_.high <= top_ || down_.low >= bottom_) return;
       across_.smooth(p_, place.centre_x(p_), place.k, p_.width, p_.W, 0, p_.width, false);
@@ -86,6 +96,34 @@ class Image {
         for (int64_t y = from; y < to; ++y) {
           R* const row = band_ + c * plane_ + (y - top_) * p_.W + across_.low;
           add_scaled(row, line, cell.weights[y - cell.start], n);
+        }
+      }
+    }
+  }
+
+  // The same for even cells; first: the row of dout that is theirs.
+  void even(int64_t first) {
+    if (even_.nothing_seen(p_)) return;
+    const EvenAxis<R>&down = even_.down, &across = even_.across;
+    constexpr int L = LANES<R>;
+    const EvenSpan span(across, p_.width, p_.W);
+    const int64_t vectors = ceil_div(p_.width, L);
+    R* const line = line_buffer_.at_least(span.length);
+    R* const cells = cell_buffer_.at_least((vectors + 1) * L) + L;
+    memset(line, 0, span.length * sizeof(R));
+    for (int64_t x = -L; x < vectors * L; ++x) cells[x] = R(0);
+    for (int64_t c = 0; c < p_.C; ++c) {
+      R* const plane = band_ + c * plane_ + span.first;
+      for (int64_t i = 0; i < p_.height; ++i) {
+        const auto [from, count, t] = down.seen(i, p_.H);
+        const int64_t begin = from < top_ ? top_ : from, end = least(from + count, bottom_);
+        if (begin >= end) continue;
+        read_cells(p_, p_.grad_out, (first + c * p_.height + i) * p_.width, cells, p_.width);
+        by_size(across, [&]<int SIZE, bool MORE>() {
+          spread_even<SIZE, MORE>(cells, across.weights, line + span.window, vectors);
+        });
+        for (int64_t y = begin; y < end; ++y) {
+          add_scaled(plane + (y - top_) * p_.W, line + span.pad, down.weights[t + y - from], span.n);
         }
       }
     }

@@ -1,8 +1,8 @@
 // The cells of every glimpse:  out[i][j] = sum over y of wy(i, y) * sum over x of wx(j, x) * I[y][x]
 //
 // Rows first: the image's rows, which are contiguous, are blended to one a cell row. LANES of those are turned, so that
-// the sums across have a cell row in each lane.
-#include "glimpse_rows.h"
+// the sums across have a cell row in each lane. Even cells are summed across as they lie.
+#include "glimpse_even.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -20,10 +20,11 @@ class Smooth {
     R* cells = cell_buffer_.at_least(columns * L);
     R* found = found_buffer_.at_least(L * columns);
     if (!place.valid) return fill(R(__builtin_nan("")), found, i, i_end, at);
+    const Plane<S> plane(p_, b);
+    if (even_.set(p_, place) && plane.together == 1) return even(plane, found, i, i_end, at);
     down_.smooth(p_, place.centre_y(p_), place.k, p_.height, p_.H, i, i_end, false);
     across_.smooth(p_, place.centre_x(p_), place.k, p_.width, p_.W, 0, p_.width, false);
     if (down_.high == 0 || across_.high == 0) return fill(R(0), found, i, i_end, at);
-    const Plane<S> plane(p_, b);
     const int lanes = int(i_end - i);
     rows_.span(plane, across_);
     for (int64_t group = 0; group < plane.groups; ++group) {
@@ -54,8 +55,33 @@ class Smooth {
   static constexpr int L = LANES<R>;
   const GlimpseForward& p_;
   Axis<R> down_, across_;
+  EvenAxes<R> even_;
   Rows<S, R> rows_;
-  Buffer<R> cell_buffer_, found_buffer_;
+  Buffer<R> cell_buffer_, found_buffer_, line_buffer_;
+
+  void even(const Plane<S>& plane, R* row, int64_t i, int64_t i_end, int64_t at) {
+    if (even_.nothing_seen(p_)) return fill(R(0), row, i, i_end, at);
+    const EvenAxis<R>&down = even_.down, &across = even_.across;
+    const EvenSpan span(across, p_.width, p_.W);
+    R* const lines = line_buffer_.at_least(L * span.length);
+    for (int64_t y = i; y < i_end; ++y) span.clear(lines + (y - i) * span.length);
+    for (int64_t c = 0; c < p_.C; ++c) {
+      const S* const from = plane.data + c * plane.apart + span.first * plane.step;
+      // All lines before any is read: none is long enough for its stores to have settled.
+      for (int64_t y = i; y < i_end; ++y) {
+        const auto [first, count, t] = down.seen(y, p_.H);
+        R* const line = lines + (y - i) * span.length + span.pad;
+        blend(from + first * plane.row, plane.row, plane.step, down.weights + t, count, line, span.n);
+      }
+      by_size(across, [&]<int SIZE, bool MORE>() {
+        for (int64_t y = i; y < i_end; ++y) {
+          const R* const line = lines + (y - i) * span.length + span.window;
+          reduce_even<SIZE, MORE>(line, across.weights, row, ceil_div(p_.width, L));
+          write_cells(p_, p_.out, at + (c * p_.height + y) * p_.width, row, p_.width);
+        }
+      });
+    }
+  }
 
   void fill(R value, R* row, int64_t i, int64_t i_end, int64_t at) {
     for (int64_t j = 0; j < p_.width; ++j) row[j] = value;

@@ -207,7 +207,7 @@ inline int threads_for(const Glimpse& p) {
   // A thread's start costs some microseconds.
   double taps = 0, k = p.base;
   for (int64_t s = 0; s < p.S; ++s, k *= p.factor) taps += (k + 2) * (k + 2);
-  return double(p.B * p.G * p.C * p.height * p.width) * taps < 30000 ? 1 : p.threads;
+  return double(p.B * p.G * p.C * p.height * p.width) * taps < 100000 ? 1 : p.threads;
 }
 
 }  // namespace
