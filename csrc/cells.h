@@ -37,6 +37,26 @@ RECATTN_FN uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 rounds to an integer: n is held in the low bits of the sum,
+// which is returned. V: float, or a vector of floats.
+template <class V>
+RECATTN_FN V split_by_ln2(V x, V& r) {
+  const V shifted = x * 1.44269504088896341f + 12582912.0f;
+  const V n = shifted - 12582912.0f;
+  r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+  return shifted;
+}
+
+// (exp(r) - 1 - r) / r^2 by Taylor's series: its next term makes less than 6e-9 of exp(r) for |r| <= ln(2)/2.
+template <class V>
+RECATTN_FN V exp_series(V r) {
+  V p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  return p * r + 0.5f;
+}
+
 // exp(x) to about 1 ulp on [-87, 88.3], infinity above, at least 1e-38 below: enough for sigmoid and tanh, and written
 // without a branch or a libm call so that a loop over it vectorises. NaN stays NaN.
 RECATTN_FN float exp_(float x) {
@@ -45,16 +65,9 @@ RECATTN_FN float exp_(float x) {
 #else
   x = x > 89.0f ? 89.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  // x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 rounds to an integer, held in the low bits of the sum.
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  float p = 1.0f / 5040.0f;  // Taylor's series: its next term is below 6e-9 on this interval
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
+  float r;
+  const float shifted = split_by_ln2(x, r);
+  float p = exp_series(r);
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return p * bits_to_float((float_to_bits(shifted) + 127u) << 23);  // times 2^n
@@ -75,16 +88,9 @@ RECATTN_FN float tanh_(float x) {
   float a = x + x;
   a = a > 18.3f ? 18.3f : a;
   a = a < -18.3f ? -18.3f : a;
-  const float shifted = a * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (a - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r * r + r;
+  float r;
+  const float shifted = split_by_ln2(a, r);
+  const float p = exp_series(r) * r * r + r;
   const float scale = bits_to_float((float_to_bits(shifted) + 127u) << 23);
   const float e = p * scale + (scale - 1.0f);
   return e / (e + 2.0f);

@@ -28,9 +28,8 @@ Batches of 16 can stay there.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +39,6 @@ import torch.nn.functional as F
 import typer
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from rich.console import Console
 from slot_scenes import KINDS, Scenes
 from torch import Tensor, nn
 
@@ -211,34 +209,28 @@ def main(
         iters=iters, test_iters=test_iters, evaluate_every=evaluate_every, seed=seed, **training,
     )  # fmt: skip
     options, checkpoint = shared.resumed(context, options, steps, out) if resume else (options, None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False)
+    run = shared.run_in(out, minutes, device, workers)
 
     torch.manual_seed(options.seed)
-    network = AutoEncoder(options, backend).to(device)
+    network = AutoEncoder(options, backend).to(run.device)
     test = Scenes(options.scenes, shared.TEST_SEED + options.seed, TEST_SCENES)
 
     def loss(batch: shared.Batch, generator: torch.Generator) -> Tensor:
         return F.mse_loss(network(batch["image"], generator).image, batch["image"])
 
     curve = shared.train(
-        network, options, shared.Run(out, minutes, device, workers, console), checkpoint, loss,
-        evaluate=lambda: evaluate(network, test, options, device),
+        network, options, run, checkpoint, loss,
+        evaluate=lambda: evaluate(network, test, options, run.device),
         shown=lambda point: f"test {point['test_loss']:.5f}  foreground ARI {point['ari']:.3f}",
     )  # fmt: skip
-    parameters = sum(p.numel() for p in network.parameters())
-    result = {"options": asdict(options), "parameters": parameters, "curve": curve}
-    (out / "curve.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(curve, f"{options.scenes}, {options.slots} slots", out / "curve.png")
-    draw(network, options, device, out / "slots.png")
+    draw(network, options, run.device, out / "slots.png")
     last = curve[-1]
-    console.print(
+    run.console.print(
         f"{options.scenes}: foreground ARI {last['ari']:.3f} after {last['step']} steps, {last['minutes']:.1f} minutes"
     )
-    console.print(f"Slots and masks: {out / 'slots.png'}", soft_wrap=True)
-    console.print(f"Learning curve: {out / 'curve.png'}, {out / 'curve.json'}", soft_wrap=True)
-    console.print(f"Checkpoint: {out / 'last.pt'}", soft_wrap=True)
+    run.console.print(f"Slots and masks: {out / 'slots.png'}", soft_wrap=True)
+    shared.tell_files(run)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ It needs scipy, typer, rich, matplotlib and numpy: pip install "recattn_kernels[
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +28,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from slot_scenes import KINDS, Kind, Scenes
@@ -160,12 +157,10 @@ def main(
         scenes=scenes, paper=paper, dim=dim, iters=iters, evaluate_every=evaluate_every, seed=seed, **training
     )
     options, checkpoint = shared.resumed(context, options, steps, out) if resume else (options, None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False)
+    run = shared.run_in(out, minutes, device, workers)
 
     torch.manual_seed(options.seed)
-    network, kind = SetPredictor(options, backend).to(device), KINDS[options.scenes]
+    network, kind = SetPredictor(options, backend).to(run.device), KINDS[options.scenes]
     test = Scenes(options.scenes, shared.TEST_SEED + options.seed, TEST_SCENES)
 
     def shown(point: shared.Point) -> str:
@@ -174,22 +169,15 @@ def main(
     def loss(batch: shared.Batch, generator: torch.Generator) -> Tensor:
         return set_loss(network(batch["image"], generator), targets(batch, kind))
 
-    curve = shared.train(
-        network, options, shared.Run(out, minutes, device, workers, console), checkpoint, loss,
-        evaluate=lambda: evaluate(network, test, device), shown=shown,
-    )  # fmt: skip
-    parameters = sum(p.numel() for p in network.parameters())
-    result = {"options": asdict(options), "parameters": parameters, "curve": curve}
-    (out / "curve.json").write_text(json.dumps(result, indent=1) + "\n")
+    curve = shared.train(network, options, run, checkpoint, loss, lambda: evaluate(network, test, run.device), shown)
     plot(curve, options.scenes, out / "curve.png")
     last = curve[-1]
     table = Table(title=f"{options.scenes}, {last['step']} steps: average precision by distance, in sides of the image")
     for name in THRESHOLDS:
         table.add_column(name, justify="right")
     table.add_row(*(f"{100 * last[name]:.1f} %" for name in THRESHOLDS))
-    console.print(table)
-    console.print(f"Learning curve: {out / 'curve.png'}, {out / 'curve.json'}", soft_wrap=True)
-    console.print(f"Checkpoint: {out / 'last.pt'}", soft_wrap=True)
+    run.console.print(table)
+    shared.tell_files(run)
 
 
 if __name__ == "__main__":

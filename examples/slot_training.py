@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +96,13 @@ def resumed(
     return options, checkpoint
 
 
+def run_in(out: Path, minutes: float, device: str, workers: int) -> Run:
+    """Makes the folder of the results, and takes the GPU, if there is one, where no device is asked for."""
+    out.mkdir(parents=True, exist_ok=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Run(out, minutes, device, workers, Console(highlight=False))
+
+
 class SoftPosition(nn.Module):
     """Adds to each feature of a picture (B, C, H, W) a linear function of its distances from the four edges."""
 
@@ -164,7 +172,8 @@ def train(
 ) -> list[Point]:
     """Trains the network by loss_of(batch, generator of the slots' noise), and returns the learning curve.
 
-    evaluate() measures it, and shown() has in words what it measured. After each measurement there is a checkpoint.
+    evaluate() measures it, and shown() has in words what it measured. After each measurement there is a checkpoint, and
+    in the end the curve is written to curve.json.
     """
     optimizer = torch.optim.Adam(network.parameters(), options.lr)
     generator = torch.Generator(run.device).manual_seed(options.seed)
@@ -223,4 +232,13 @@ def train(
             save(checkpoint, run.out / "last.pt")
             if is_last:
                 break
+    parameters = sum(p.numel() for p in network.parameters())
+    result = {"options": asdict(options), "parameters": parameters, "curve": curve}
+    (run.out / "curve.json").write_text(json.dumps(result, indent=1) + "\n")
     return curve
+
+
+def tell_files(run: Run) -> None:
+    """Where the results of a training lie."""
+    run.console.print(f"Learning curve: {run.out / 'curve.png'}, {run.out / 'curve.json'}", soft_wrap=True)
+    run.console.print(f"Checkpoint: {run.out / 'last.pt'}", soft_wrap=True)

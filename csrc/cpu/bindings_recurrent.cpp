@@ -13,31 +13,37 @@ using Strided = std::tuple<uintptr_t, int64_t, int64_t>;
 
 Sequence sequence(const Strided& s) { return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
-template <class P>
-P common(const std::tuple<int64_t, int64_t, int64_t>& sizes, int dtype, int activation, double negative_slope,
-         uintptr_t weight_hh, uintptr_t h0, const Strided& reset, uintptr_t lengths, bool reverse, int threads) {
-  P p{};
-  std::tie(p.T, p.B, p.H) = sizes;
-  p.dtype = Dtype(dtype);
-  p.activation = Activation(activation);
-  p.negative_slope = negative_slope;
-  p.weight_hh = pointer(weight_hh);
-  p.h0 = pointer(h0);
-  p.reset = pointer<uint8_t>(std::get<0>(reset));
-  p.reset_stride_t = std::get<1>(reset);
-  p.reset_stride_b = std::get<2>(reset);
-  p.lengths = pointer<int64_t>(lengths);
-  p.reverse = reverse;
-  p.threads = threads;
-  return p;
-}
-
 struct Masked {
   const uint8_t* data;
   int64_t stride_t, stride_b;
 };
 
 Masked masked(const Strided& s) { return {pointer<uint8_t>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
+
+// What both directions of the IndRNN take, in one tuple: sizes, dtype, activation, its slope, weight_hh, h0, reset,
+// lengths, reverse, threads.
+using IndrnnArguments = std::tuple<std::tuple<int64_t, int64_t, int64_t>, int, int, double, uintptr_t, uintptr_t,
+                                   Strided, uintptr_t, bool, int>;
+
+template <class P>
+P indrnn(const IndrnnArguments& arguments) {
+  P p{};
+  const auto& [sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse, threads] = arguments;
+  std::tie(p.T, p.B, p.H) = sizes;
+  p.dtype = Dtype(dtype);
+  p.activation = Activation(activation);
+  p.negative_slope = slope;
+  p.weight_hh = pointer(weight_hh);
+  p.h0 = pointer(h0);
+  const Masked resets = masked(reset);
+  p.reset = resets.data;
+  p.reset_stride_t = resets.stride_t;
+  p.reset_stride_b = resets.stride_b;
+  p.lengths = pointer<int64_t>(lengths);
+  p.reverse = reverse;
+  p.threads = threads;
+  return p;
+}
 
 using Four = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
@@ -90,10 +96,9 @@ void set_kept(P& p, const Four& kept) {
 }  // namespace
 
 void bind_recurrent(py::module_& m) {
-  m.def("indrnn_forward", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, int activation, double slope,
-                             uintptr_t weight_hh, uintptr_t h0, Strided reset, uintptr_t lengths, bool reverse,
-                             int threads, uintptr_t bias, Strided x, Strided output, uintptr_t h_n) {
-    auto p = common<IndrnnForward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse, threads);
+  m.def("indrnn_forward", [](const IndrnnArguments& arguments, uintptr_t bias, Strided x, Strided output,
+                             uintptr_t h_n) {
+    auto p = indrnn<IndrnnForward>(arguments);
     p.bias = pointer(bias);
     p.x = sequence(x);
     p.output = sequence(output);
@@ -102,12 +107,10 @@ void bind_recurrent(py::module_& m) {
     RECATTN_RUN(indrnn_forward, p);
   });
 
-  m.def("indrnn_backward", [](std::tuple<int64_t, int64_t, int64_t> sizes, int dtype, int activation, double slope,
-                              uintptr_t weight_hh, uintptr_t h0, Strided reset, uintptr_t lengths, bool reverse,
-                              int threads, double grad_clip, Strided grad_output, Strided output,
+  m.def("indrnn_backward", [](const IndrnnArguments& arguments, double grad_clip, Strided grad_output, Strided output,
                               uintptr_t grad_h_n, Strided grad_x, uintptr_t grad_h0, uintptr_t grad_columns,
                               uintptr_t grad_weight_hh, uintptr_t grad_bias) {
-    auto p = common<IndrnnBackward>(sizes, dtype, activation, slope, weight_hh, h0, reset, lengths, reverse, threads);
+    auto p = indrnn<IndrnnBackward>(arguments);
     p.grad_clip = grad_clip;
     p.grad_output = sequence(grad_output);
     p.output = sequence(output);

@@ -4,50 +4,12 @@
 // dgates of a step are computed from the tile of the product with those of the step after, unit by unit, so that
 // threads meet once a step. A layer norm needs whole rows: then they meet in between. The gradient of the weights is one
 // product over all steps, after the scan.
+#include "gated_gradients.h"
 #include "gated_weights.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
 namespace {
-
-// dn = dh * act'(n)
-template <Cell C, class R>
-RECATTN_FN void rnn_row(const R* __restrict n, const R* __restrict dh, R* __restrict dq, int64_t size) {
-  constexpr Activation A = C == Cell::rnn_relu ? Activation::relu : Activation::tanh;
-  for (int64_t i = 0; i < size; ++i) dq[i] = dh[i] * derivative<A>(n[i], R(0));
-}
-
-// From dh, dc = dL/dc' and squashed = tanh(c'). stays: what zoneout gives c[t-1]; flow_c: all that goes there.
-template <class R>
-RECATTN_FN void lstm_row(const R* gates, const R* c, const R* squashed, const R* dh, const R* dc, const R* stays,
-                         R* flow_c, R* dq, int64_t H, int64_t n) {
-  RECATTN_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const LstmGates<R> a = {gates[i], gates[H + i], gates[2 * H + i], gates[3 * H + i]};
-    const LstmGates<R> d = lstm_backward(a, c[i], squashed[i], dc[i], dh[i]);
-    dq[i] = d.i;
-    dq[H + i] = d.f;
-    dq[2 * H + i] = d.g;
-    dq[3 * H + i] = d.o;
-    flow_c[i] = stays[i] + dc[i] * a.f;
-  }
-}
-
-// dx: of x, whose third part is dn; dq: of q, whose third part is r * dn. stays: what zoneout gives h[t-1], and then
-// also what comes to it through z.
-template <class R>
-RECATTN_FN void gru_row(const R* gates, const R* h, const R* dh, R* stays, R* dx_n, R* dq, int64_t H, int64_t n) {
-  RECATTN_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const R r = gates[i], z = gates[H + i], candidate = gates[2 * H + i], q_n = gates[3 * H + i];
-    const R dn = gru_backward_n(z, candidate, dh[i]);
-    dq[i] = dn * q_n * sigmoid_slope(r);
-    dq[H + i] = gru_backward_z(z, candidate, h[i], dh[i]);
-    dq[2 * H + i] = dn * r;
-    dx_n[i] = dn;
-    stays[i] += z * dh[i];
-  }
-}
 
 template <Cell C, class R>
 class Backward {
@@ -267,7 +229,7 @@ class Backward {
       gru_row(gates, h_before(t, b, j, n, local + width), dh, flow, dn, to, p.H, n);
       narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, 2 * p.H + j), dn, n);
     } else {
-      before_gates(gates, h_before(t, b, j, n, local + width), dh, flow, to, n);
+      gru_before_row(gates, h_before(t, b, j, n, local + width), dh, flow, to, p.H, n);
     }
     if (p.grad_r) {
       for (int g = 0; g < (G == 3 ? 2 : G); ++g) {
@@ -292,57 +254,20 @@ class Backward {
     }
   }
 
-  // h = o * tanh(c'), c' = f * c + i * g: squashed = tanh(c'), and dc gets its share. With layer norm, tanh(LN(c')).
+  // squashed = tanh(c'), or tanh(LN(c')); dc gets what comes to c' through it.
   RECATTN_FN void squash(int64_t b, int64_t n, const R* gates, const R* c, const R* dh, R* dc, R* squashed,
                          R* buffer) const {
-    const int64_t H = p.H;
-    const R *input = gates, *forget = gates + H, *g = gates + 2 * H, *o = gates + 3 * H;
-    if (!p.ln_c_weight) {
-      RECATTN_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) {
-        squashed[i] = tanh_(forget[i] * c[i] + input[i] * g[i]);
-        dc[i] += dh[i] * o[i] * tanh_slope(squashed[i]);
-      }
-      return;
-    }
-    const R *weight = static_cast<const R*>(p.ln_c_weight), *ln_bias = static_cast<const R*>(p.ln_c_bias);
-    R *normed = buffer, *grad = buffer + width;
-    double *grad_weight = sums_of(b) + 2 * G * H, *grad_bias = grad_weight + H;
-    RECATTN_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) normed[i] = forget[i] * c[i] + input[i] * g[i];
-    const R rstd = normalise(normed, normed, n);
-    RECATTN_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) {
-      squashed[i] = tanh_(normed[i] * weight[i] + ln_bias[i]);
-      grad[i] = dh[i] * o[i] * tanh_slope(squashed[i]);
-    }
-    add_sums(grad, normed, grad_weight, grad_bias, n);
-    for (int64_t i = 0; i < n; ++i) grad[i] *= weight[i];
-    normalise_backward(grad, normed, rstd, n);
-    for (int64_t i = 0; i < n; ++i) dc[i] += grad[i];
-  }
-
-  // gru_before: dz and dn, before anything is known of dr.
-  RECATTN_FN void before_gates(const R* gates, const R* h, const R* dh, R* stays, R* to, int64_t n) const {
-    const int64_t H = p.H;
-    RECATTN_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) {
-      const R z = gates[H + i], candidate = gates[2 * H + i];
-      to[H + i] = gru_backward_z(z, candidate, h[i], dh[i]);
-      to[2 * H + i] = gru_backward_n(z, candidate, dh[i]);
-      stays[i] += z * dh[i];
-    }
+    if (!p.ln_c_weight) return squash_row(gates, c, dh, dc, squashed, p.H, n);
+    double* grad_weight = sums_of(b) + 2 * G * p.H;
+    squash_normed_row(gates, c, static_cast<const R*>(p.ln_c_weight), static_cast<const R*>(p.ln_c_bias), dh, dc,
+                      squashed, buffer, buffer + width, grad_weight, grad_weight + p.H, p.H, n);
   }
 
   // gru_before: sum = weight_hn^T dn, the gradient of r * h.
   RECATTN_FN void reset_gate(int64_t t, int64_t b, int64_t j, int64_t n, const R* sum, R* local) {
     const R *r = kept(p.gates, KEPT, t, b) + j, *h = h_before(t, b, j, n, local);
     R *to = dq(t, b) + j, *flow = flow_h + b * p.H + j;
-    RECATTN_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = sum[i] * h[i] * sigmoid_slope(r[i]);
-      flow[i] += sum[i] * r[i];
-    }
+    gru_reset_row(r, h, sum, flow, to, n);
     narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, j), to, n);
     if (resets(p, t, b)) memset(flow, 0, n * sizeof(R));
   }
@@ -352,14 +277,6 @@ class Backward {
     int64_t group = b * groups / p.B;
     while (b >= part(p.B, group + 1, groups)) ++group;
     return sums + group * sums_size;
-  }
-
-  static void add_sums(const R* __restrict grad, const R* __restrict normed, double* __restrict weight,
-                       double* __restrict bias, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (normed) weight[i] += double(grad[i] * normed[i]);
-      bias[i] += double(grad[i]);
-    }
   }
 
   // A step of a whole row, and the layer norm's backward.

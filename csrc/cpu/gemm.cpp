@@ -7,25 +7,14 @@
 // grows with KC + K / KC, not K. Where A has few rows the product costs no more than reading B, and B is not packed;
 // where it has few columns, no more than writing C.
 #include <new>
-#include <utility>
 
+#include "gemm_tile.h"
 #include "kernels.h"
-#include "numeric.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-// A tile has MR rows and NR columns, which are two vectors: what leaves registers for a row of B and an element of A.
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, MR = 12;
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32, MR = 6;
-#else
-constexpr int VECTOR_BYTES = 16, MR = 4;
-#endif
-template <class T> constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
-template <class T> constexpr int NR = 2 * LANES<T>;
 template <class T> constexpr int64_t KC = 1024 / sizeof(T);  // a panel of B takes two thirds of 48 kB at most
 constexpr int64_t MC = 240;                                  // a block of A takes a quarter of 1 MB
 constexpr int64_t NC = 4096;
@@ -33,36 +22,8 @@ constexpr int64_t PACKED_B = int64_t(8) << 20;  // bytes
 constexpr int64_t FEW_ROWS = 8, FEW_PRODUCTS = 2;
 constexpr int64_t STRIP = 256;  // columns
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class T> struct VectorOf {
-  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <class T> using Vector = typename VectorOf<T>::type;
-
-template <class T>
-RECATTN_FN Vector<T> load_vector(const T* from) {
-  Vector<T> v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class T>
-RECATTN_FN void store_vector(T* to, Vector<T> v) {
-  memcpy(to, &v, sizeof v);
-}
-
-// Element (i, j) is data[i * row + j * col].
-template <class T> struct Matrix {
-  const T* data;
-  int64_t row, col;
-  const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
-  Matrix from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
-  Matrix transposed() const { return {data, col, row}; }
-};
 
 template <class T> struct Product {
   int64_t M, N, K;
@@ -86,147 +47,6 @@ class Scratch {
   ~Scratch() { operator delete(data, std::align_val_t(64)); }
   T* const data;
 };
-
-// The lanes that two vectors together have after one instruction, first or second of two.
-template <int L, int BLOCK, int G> struct Interleave {  // the halves of each block, G lanes in turn
-  static constexpr int lane(int j, int second) {
-    const int in_block = j % BLOCK;
-    return j - in_block + second * BLOCK / 2 + in_block / (2 * G) * G + in_block % G + (in_block / G % 2 ? L : 0);
-  }
-};
-template <int L, int BLOCK> struct Deinterleave {  // every other block
-  static constexpr int lane(int j, int second) { return (j / BLOCK * 2 + second) * BLOCK + j % BLOCK; }
-};
-
-template <class Pattern, class V, int... J>
-RECATTN_FN void shuffle(V& first, V& second, V a, V b, std::integer_sequence<int, J...>) {
-  first = __builtin_shufflevector(a, b, Pattern::lane(J, 0)...);
-  second = __builtin_shufflevector(a, b, Pattern::lane(J, 1)...);
-}
-
-// Transposes a square: first within blocks of 128 bits, then the blocks.
-template <class T>
-RECATTN_FN void transpose(Vector<T> (&v)[LANES<T>]) {
-  constexpr int L = LANES<T>, BLOCK = 16 / sizeof(T), BLOCKS = L / BLOCK;
-  constexpr auto lanes = std::make_integer_sequence<int, L>();
-  using Across = Deinterleave<L, BLOCK>;
-  for (int i = 0; i < L; i += 2) shuffle<Interleave<L, BLOCK, 1>>(v[i], v[i + 1], v[i], v[i + 1], lanes);
-  if constexpr (BLOCK == 4) {
-    for (int i = 0; i < L; i += 4) {
-      const Vector<T> low = v[i + 1];
-      shuffle<Interleave<L, BLOCK, 2>>(v[i], v[i + 1], v[i], v[i + 2], lanes);
-      shuffle<Interleave<L, BLOCK, 2>>(v[i + 2], v[i + 3], low, v[i + 3], lanes);
-    }
-  }
-  if constexpr (BLOCKS == 2) {
-    for (int i = 0; i < BLOCK; ++i) shuffle<Across>(v[i], v[i + BLOCK], v[i], v[i + BLOCK], lanes);
-  }
-  if constexpr (BLOCKS == 4) {
-    for (int i = 0; i < BLOCK; ++i) {
-      Vector<T> even[2], odd[2];
-      shuffle<Across>(even[0], odd[0], v[i], v[i + BLOCK], lanes);
-      shuffle<Across>(even[1], odd[1], v[i + 2 * BLOCK], v[i + 3 * BLOCK], lanes);
-      shuffle<Across>(v[i], v[i + 2 * BLOCK], even[0], even[1], lanes);
-      shuffle<Across>(v[i + BLOCK], v[i + 3 * BLOCK], odd[0], odd[1], lanes);
-    }
-  }
-}
-
-// A panel of W rows, of which `rows` exist, whose elements (i, k), (i, k + 1) are neighbours: to[k * W + i].
-template <int W, class T>
-void pack_transposed(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
-  constexpr int L = LANES<T>;
-  int64_t k = 0;
-  for (; k + L <= depth; k += L) {
-    // The vectors of the last group of rows reach into the next k, the first group of which is stored after them, or past
-    // the end: a panel has room for that.
-    for (int group = (W - 1) / L * L; group >= 0; group -= L) {
-      Vector<T> v[L];
-      for (int i = 0; i < L; ++i) {
-        v[i] = group + i < W && group + i < rows ? load_vector(from.at(group + i, k)) : Vector<T>{};
-      }
-      transpose<T>(v);
-      for (int i = 0; i < L; ++i) store_vector(to + (k + i) * W + group, v[i]);
-    }
-  }
-  for (; k < depth; ++k) {
-    for (int i = 0; i < W; ++i) to[k * W + i] = i < rows ? *from.at(i, k) : T(0);
-  }
-}
-
-// The elements from one panel to the next: without the last vector panels of 256 would all begin in the same set of the
-// first-level cache.
-template <int W, class T>
-constexpr int64_t panel_size(int64_t depth) {
-  return W * depth + LANES<T>;
-}
-
-// Rows by depth elements as panels of W rows, the last filled up with zeros: panel[k * W + i].
-template <int W, class T>
-void pack(Matrix<T> from, int64_t rows, int64_t depth, T* to) {
-  const int64_t whole = rows / W * W, size = panel_size<W, T>(depth);
-  if (from.row == 1) {  // in the order of memory, which jumps from one k to the next: prefetchers do not follow
-    constexpr int64_t AHEAD = 16, LINE = 64 / sizeof(T);
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t i = 0; i < rows; i += LINE) __builtin_prefetch(from.at(i, k + AHEAD));
-      T* panel = to + k * W;
-      for (int64_t i = 0; i < whole; i += W, panel += size) memcpy(panel, from.at(i, k), W * sizeof(T));
-      if (whole == rows) continue;
-      for (int i = 0; i < W; ++i) panel[i] = whole + i < rows ? *from.at(whole + i, k) : T(0);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows; i += W, to += size) {
-    const int64_t n = least(W, rows - i);
-    if (from.col == 1) {
-      pack_transposed<W>(from.from(i, 0), n, depth, to);
-      continue;
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int j = 0; j < W; ++j) to[k * W + j] = j < n ? *from.at(i + j, k) : T(0);
-    }
-  }
-}
-
-// A tile of C, or its part of rows by cols, from a panel of A and one of B: C = base + A B.
-template <class T>
-void multiply(const T* __restrict a, const T* __restrict b, int64_t depth, const T* base, int64_t base_row, T* c,
-              int64_t c_row, int64_t rows, int64_t cols) {
-  constexpr int L = LANES<T>;
-  if (rows == MR && cols == NR<T>) {
-    for (int i = 0; i < MR; ++i) {
-      __builtin_prefetch(c + i * c_row, 1);
-      __builtin_prefetch(c + i * c_row + L, 1);
-    }
-  }
-  Vector<T> sum[MR][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vector<T> b0 = load_vector(b + k * NR<T>), b1 = load_vector(b + k * NR<T> + L);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const T x = a[k * MR + i];
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
-    }
-  }
-  if (rows == MR && cols == NR<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      for (int j = 0; j < 2; ++j) {
-        if (base) sum[i][j] += load_vector(base + i * base_row + j * L);
-        store_vector(c + i * c_row + j * L, sum[i][j]);
-      }
-    }
-    return;
-  }
-  T part[MR * NR<T>];
-  memcpy(part, sum, sizeof part);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      c[i * c_row + j] = base ? base[i * base_row + j] + part[i * NR<T> + j] : part[i * NR<T> + j];
-    }
-  }
-}
 
 template <class T>
 void packed_product(const Product<T>& p) {
@@ -269,8 +89,9 @@ void packed_product(const Product<T>& p) {
             pack<MR>(p.a.from(i0, k), rows, here, packed_a);
             for (int64_t j = from; j < to; j += N_TILE) {
               for (int64_t i = 0; i < rows; i += MR) {
-                multiply(packed_a + i / MR * panel_size<MR, T>(here), panels(k, j), here, p.base(i0 + i, j0 + j, k), p.base_row(k),
-                         p.c + (i0 + i) * p.c_row + j0 + j, p.c_row, least(MR, rows - i), least(N_TILE, to - j));
+                multiply(packed_a + i / MR * panel_size<MR, T>(here), panels(k, j), here, p.base(i0 + i, j0 + j, k),
+                         p.base_row(k), p.c + (i0 + i) * p.c_row + j0 + j, p.c_row, least(MR, rows - i),
+                         least(N_TILE, to - j));
               }
             }
           }
@@ -297,9 +118,9 @@ void few_rows_by_columns(const Product<T>& p) {
       const int64_t depth = least(KC<T>, p.K - k0), whole = depth / L * L;
       for (int64_t i = 0; i < p.M; ++i) {
         const T* a = rows.data + i * p.K + k0;
-        Vector<T> sums[L] = {};
+        Vec<T> sums[L] = {};
         for (int64_t k = 0; k < whole; k += L) {
-          const Vector<T> x = load_vector(a + k);
+          const Vec<T> x = load_vector(a + k);
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) sums[l] += x * load_vector(columns[l] + k);
         }

@@ -64,14 +64,9 @@ inline Vec<float> exp_below(Vec<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
   const auto far = x < -87.0f;
   x = far ? Vec<float>{} - 87.0f : x;
-  const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;
-  const Vec<float> n = shifted - 12582912.0f;
-  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-  Vec<float> p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
+  Vec<float> r;
+  const Vec<float> shifted = split_by_ln2(x, r);
+  Vec<float> p = exp_series(r);
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   Bits bits;

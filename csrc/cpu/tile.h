@@ -4,7 +4,7 @@
 // it, [k][vector][lane]. The sums of a tile, ROWS x V vectors, stay in registers over all k.
 #pragma once
 
-#include "numeric.h"
+#include "vector.h"
 
 // The loop that follows reads and writes no element in more than one of its steps. clang checks that at run time.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -17,24 +17,12 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, SUMS = 24;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, SUMS = 12;
-#elif defined(__aarch64__)
-constexpr int VECTOR_BYTES = 16, SUMS = 24;
+// As many as leave registers for the weights and an element of a row.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 24;
 #else
-constexpr int VECTOR_BYTES = 16, SUMS = 12;
+constexpr int SUMS = 12;
 #endif
-
-template <class R> struct Vector {
-  typedef R type __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <class R> using Vec = typename Vector<R>::type;
-template <class R> constexpr int LANES = VECTOR_BYTES / sizeof(R);
-
-[[maybe_unused]] inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-[[maybe_unused]] inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where part i of n of 0..size begins.
 [[maybe_unused]] inline int64_t part(int64_t size, int64_t i, int64_t n) { return size * i / n; }

@@ -1,104 +1,16 @@
-// csrc/cpu/gated_*.cpp against gated_reference.h. Every tensor is an allocation of its own and of its exact size, so
-// that AddressSanitizer sees an access past it; outputs and padding begin as a NaN of a certain pattern.
-#include <random>
+// csrc/cpu/gated_*.cpp against gated_reference.h.
 #include <string>
 
 #include "gated_reference.h"
+#include "sequences.h"
 
 namespace recattn {
 namespace {
-
-using Random = std::mt19937_64;
-
-double uniform(Random& random, double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(random);
-}
-
-// The test's own 16-bit types: nothing of numeric.h is trusted here.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-// error: of a result in R, relative to the largest number of its tensor, or to 1. The kernels' sums have at most some
-// hundred terms; a layer norm may multiply the error of a row by 1 / sqrt(1e-5).
-template <class S> struct Type {
-  using R = S;
-  static constexpr Dtype dtype = sizeof(S) == 4 ? Dtype::float32 : Dtype::float64;
-  static constexpr double store_epsilon = 0, store_least = 0;
-  static double value(S v) { return v; }
-  static S draw(Random& random) { return S(uniform(random, -1, 1)); }
-};
-template <> struct Type<Bf16> {
-  using R = float;
-  static constexpr Dtype dtype = Dtype::bfloat16;
-  static constexpr double store_epsilon = 0x1p-8, store_least = 1e-38;
-  static double value(Bf16 v) { return decode(v.bits, BFLOAT16); }
-  // Any sign and mantissa, with exponents from -7 to -1.
-  static Bf16 draw(Random& random) { return {uint16_t((random() & 0x807f) | (120 + random() % 7) << 7)}; }
-};
-template <> struct Type<F16> {
-  using R = float;
-  static constexpr Dtype dtype = Dtype::float16;
-  static constexpr double store_epsilon = 0x1p-11, store_least = 0x1p-24;
-  static double value(F16 v) { return decode(v.bits, FLOAT16); }
-  static F16 draw(Random& random) { return {uint16_t((random() & 0x83ff) | (8 + random() % 7) << 10)}; }
-};
-
-template <class S>
-S canary() {
-  S v;
-  memset(&v, 0xff, sizeof v);
-  return v;
-}
 
 template <class S>
 std::vector<S> canaries(int64_t n) {
   return std::vector<S>(n, canary<S>());
 }
-
-// A (T, B, width) tensor with padding after each row and each step; batch_first in memory, or not.
-template <class S>
-class Rows {
- public:
-  Rows(const GatedCase& c, int64_t width, bool batch_first, int64_t pad)
-      : T(c.T), B(c.B), width(width), stride_t(batch_first ? width + pad : B * (width + pad) + pad),
-        stride_b(batch_first ? T * (width + pad) + pad : width + pad),
-        memory(canaries<S>(T * B * width == 0 ? 0 : (T - 1) * stride_t + (B - 1) * stride_b + width)) {}
-  S& at(int64_t t, int64_t b, int64_t i) { return memory[t * stride_t + b * stride_b + i]; }
-  Sequence sequence() { return {memory.data(), stride_t, stride_b}; }
-  void clear() { std::fill(memory.begin(), memory.end(), canary<S>()); }
-
-  template <class F>
-  void each(F f) {
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t b = 0; b < B; ++b) {
-        for (int64_t i = 0; i < width; ++i) f(t, b, i, at(t, b, i));
-      }
-    }
-  }
-  Numbers values() {
-    Numbers numbers;
-    each([&](int64_t, int64_t, int64_t, S& v) { numbers.push_back(Type<S>::value(v)); });
-    return numbers;
-  }
-  bool padding_is_intact() {
-    std::vector<S> rest = memory;
-    const S untouched = canary<S>();
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t b = 0; b < B; ++b) {
-        for (int64_t i = 0; i < width; ++i) rest[t * stride_t + b * stride_b + i] = untouched;
-      }
-    }
-    return std::all_of(rest.begin(), rest.end(), [&](S& v) { return memcmp(&v, &untouched, sizeof(S)) == 0; });
-  }
-
- private:
-  const int64_t T, B, width, stride_t, stride_b;
-  std::vector<S> memory;
-};
 
 template <class S>
 class GatedTest {
@@ -107,9 +19,8 @@ class GatedTest {
 
  public:
   GatedTest(const GatedCase& c, Random& random)
-      : c(c), random(random), in(c), x(c, c.G() * c.H, coin(), pad()), dy(c, c.H, coin(), pad()),
-        output(c, c.H, coin(), pad()), dx(c, c.G() * c.H, coin(), pad()), dh_n(c.B * c.H), dc_n(c.B * c.H),
-        reference(this->c, reset, lengths, keep_h, keep_c) {
+      : c(c), random(random), in(c), x(rows(c.G() * c.H)), dy(rows(c.H)), output(rows(c.H)), dx(rows(c.G() * c.H)),
+        dh_n(c.B * c.H), dc_n(c.B * c.H), reference(this->c, reset, lengths, keep_h, keep_c) {
     const double scale = 1.5 / std::sqrt(double(c.H));
     draw(true, c.G() * c.H * c.H, scale, weight, in.weight);
     draw(c.bias, c.G() * c.H, 0.5, bias, in.bias);
@@ -129,9 +40,9 @@ class GatedTest {
       keep_h.push_back(random() % 4 == 0);
       keep_c.push_back(random() % 4 == 0);
     }
-    for (Rows<S>* rows : {&x, &dy}) {
-      rows->each([&](int64_t t, int64_t b, int64_t, S& v) {
-        if (!reference.ended(t, b)) v = Type<S>::draw(random);
+    for (Rows<S>* drawn : {&x, &dy}) {
+      drawn->each([&](int64_t t, int64_t b, S& v) {
+        if (!reference.ended(t, b)) v = Type<S>::draw(random, 0);
       });
     }
     if (c.nan && c.T * c.B > 0) {
@@ -154,7 +65,10 @@ class GatedTest {
 
  private:
   bool coin() { return random() % 2 == 0; }
-  int64_t pad() { return coin() ? 0 : 3; }
+  Rows<S> rows(int64_t width) {
+    const Layout layout = coin() ? Layout::batch_first : Layout::padded;
+    return {c.T, c.B, width, layout, coin() ? 0 : 3};
+  }
 
   void draw(bool there, int64_t n, double scale, std::vector<R>& to, Numbers& exact) {
     exact.assign(n, 0);
@@ -177,6 +91,8 @@ class GatedTest {
     return words;
   }
 
+  // Of a result in R, relative to the largest number of its tensor, or to 1. The kernels' sums have at most some hundred
+  // terms; a layer norm may multiply the error of a row by 1 / sqrt(1e-5).
   double error() const { return (sizeof(R) == 4 ? 2e-5 : 1e-13) * (c.ln ? 20 : 1); }
 
   void check_numbers(const char* what, const Numbers& got, const Numbers& want, double store_epsilon = 0,
@@ -197,7 +113,7 @@ class GatedTest {
   }
   void check(const char* what, Rows<S>& got, const Numbers& want) {
     CHECK(got.padding_is_intact(), "%s: %s", what, text().c_str());
-    check_numbers(what, got.values(), want, Type<S>::store_epsilon, Type<S>::store_least);
+    check_numbers(what, got.values(), want, Type<S>::epsilon, Type<S>::least);
   }
 
   void fill(Gated& p) {
@@ -260,7 +176,7 @@ class GatedTest {
     const int64_t size = c.G() * c.H;
     GatedTensors want = reference.backward(in, output.values(), grad_output, dh_n, dc_n);
     // Nothing of output past a row's length may be read.
-    output.each([&](int64_t t, int64_t b, int64_t, S& v) {
+    output.each([&](int64_t t, int64_t b, S& v) {
       if (reference.ended(t, b)) v = canary<S>();
     });
     const bool simple = (c.cell == Cell::rnn_tanh || c.cell == Cell::rnn_relu || c.cell == Cell::lstm) && !NARROW;

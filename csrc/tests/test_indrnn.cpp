@@ -1,67 +1,14 @@
 // csrc/cpu/indrnn.cpp against a loop in double precision over h[t] = act(x[t] + bias + u * h[t-1]) and its derivative.
-//
-// Every tensor is an allocation of its own and of its exact size, so that AddressSanitizer sees an access one element
-// past it. Outputs, the padding between rows, and the steps past a row's length are filled with a NaN of a certain
-// pattern: what a kernel leaves out or may not read does not compare equal, what it may not write keeps the pattern.
+// Outputs, the padding between rows, and the steps past a row's length, which a kernel may not read, are canaries.
 #include <array>
 #include <limits>
-#include <new>
-#include <random>
 #include <string>
 #include <utility>
 
-#include "reference.h"
+#include "sequences.h"
 
 namespace recattn {
 namespace {
-
-using Random = std::mt19937_64;
-
-double uniform(Random& random, double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(random);
-}
-
-// The test's own 16-bit types: nothing of numeric.h is trusted here.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-// R: what S is computed in. Storing v as S costs at most store_epsilon * |v| + store_least: half of store_epsilon is
-// the rounding, the other half keep_inside, which moves a state by less than the spacing below the bound; store_least
-// is what keep_inside makes of a smaller state.
-template <class S> struct Type {
-  using R = S;
-  static constexpr Dtype dtype = sizeof(S) == 4 ? Dtype::float32 : Dtype::float64;
-  static constexpr double store_epsilon = 0, store_least = 0;
-  static double value(S v) { return v; }
-  static S draw(Random& random) { return S(uniform(random, -2, 2)); }
-};
-template <> struct Type<Bf16> {
-  using R = float;
-  static constexpr Dtype dtype = Dtype::bfloat16;
-  static constexpr double store_epsilon = 0x1p-7, store_least = 1e-38;
-  static double value(Bf16 v) { return decode(v.bits, BFLOAT16); }
-  // Any sign and mantissa, with exponents from -6 to 0.
-  static Bf16 draw(Random& random) { return {uint16_t((random() & 0x807f) | (121 + random() % 7) << 7)}; }
-};
-template <> struct Type<F16> {
-  using R = float;
-  static constexpr Dtype dtype = Dtype::float16;
-  static constexpr double store_epsilon = 0x1p-10, store_least = 0x1p-24;
-  static double value(F16 v) { return decode(v.bits, FLOAT16); }
-  static F16 draw(Random& random) { return {uint16_t((random() & 0x83ff) | (9 + random() % 7) << 10)}; }
-};
-
-// All bits set is a NaN in every type, and not the one that arithmetic makes.
-template <class S>
-S canary() {
-  S v;
-  memset(&v, 0xff, sizeof v);
-  return v;
-}
 
 // A number of the loop, and how far the kernel's may be from it: no tolerance is tuned, each follows from the
 // operations that led there. A sum or product adds one epsilon of R times its magnitude to the errors that its operands
@@ -88,34 +35,12 @@ struct Bounded {
   }
 };
 
-template <class T>
-class Buffer {
- public:
-  // Aligned as torch aligns, which is what stores past the caches ask for. Null where there is nothing, as in torch.
-  explicit Buffer(int64_t n) : size(n), data(n > 0 ? new (std::align_val_t(64)) T[n] : nullptr) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { operator delete[](data, std::align_val_t(64)); }
-  T& operator[](int64_t i) { return data[i]; }
-
-  const int64_t size;
-  T* const data;
-};
-
-template <class T>
-struct Canaries : Buffer<T> {
-  explicit Canaries(int64_t n) : Buffer<T>(n) {
-    for (int64_t i = 0; i < n; ++i) (*this)[i] = canary<T>();
-  }
-};
-
-enum class Layout { dense, padded, batch_first, expanded };  // expanded: one step stands for them all
-
 struct Case {
   int64_t T, B, H;
   Activation activation;
   bool bias, h0, reset, lengths, reverse, clip, grad_output, grad_h_n, nan;
   Layout in, out;
-  int64_t padding;  // elements after each row and after the rows of each step
+  int64_t padding;
   int threads;
 
   double slope() const { return 0.125; }  // exact in float, as is 0.25
@@ -134,36 +59,6 @@ struct Case {
   }
 };
 
-// A (T, B, H) tensor.
-template <class S>
-class Rows {
- public:
-  Rows(const Case& c, Layout layout)
-      : T(c.T), B(c.B), H(c.H), pad(layout == Layout::dense || layout == Layout::expanded ? 0 : c.padding),
-        stride_t(layout == Layout::expanded ? 0 : layout == Layout::batch_first ? H + pad : B * (H + pad) + pad),
-        stride_b(layout == Layout::batch_first ? T * (H + pad) + pad : H + pad),
-        memory(T * B * H == 0 ? 0 : (T - 1) * stride_t + (B - 1) * stride_b + H) {}
-  S& at(int64_t t, int64_t b, int64_t h) { return memory[t * stride_t + b * stride_b + h]; }
-  double value(int64_t t, int64_t b, int64_t h) { return Type<S>::value(at(t, b, h)); }
-  Sequence sequence() const { return {memory.data, stride_t, stride_b}; }
-
-  bool padding_is_intact() {
-    std::vector<char> used(memory.size);
-    for (int64_t t = 0; t < T; ++t) {
-      for (int64_t b = 0; b < B && H > 0; ++b) memset(&used[t * stride_t + b * stride_b], 1, H);
-    }
-    const S untouched = canary<S>();
-    for (int64_t i = 0; i < memory.size; ++i) {
-      if (!used[i] && memcmp(&memory[i], &untouched, sizeof(S)) != 0) return false;
-    }
-    return true;
-  }
-
- private:
-  const int64_t T, B, H, pad, stride_t, stride_b;
-  Canaries<S> memory;
-};
-
 template <class S>
 class Test {
   using R = typename Type<S>::R;
@@ -171,7 +66,7 @@ class Test {
 
  public:
   Test(const Case& c, Random& random, const char* dtype)
-      : c(c), dtype(dtype), x(c, c.in), dy(c, c.in), output(c, c.out), u(c.H), bias(c.bias ? c.H : 0),
+      : c(c), dtype(dtype), x(rows(c.in)), dy(rows(c.in)), output(rows(c.out)), u(c.H), bias(c.bias ? c.H : 0),
         h0(c.h0 ? c.B * c.H : 0), dh_n(c.grad_h_n ? c.B * c.H : 0), reset(c.reset ? c.T * c.B : 0),
         lengths(c.lengths ? c.B : 0), exact(c.T * c.B * c.H), exact_state(c.B * c.H) {
     for (Buffer<R>* vector : {&u, &bias, &h0, &dh_n}) {
@@ -185,8 +80,8 @@ class Test {
       for (int64_t b = 0; b < c.B; ++b) {
         if (c.in != Layout::expanded && ended(t, b)) continue;
         for (int64_t h = 0; h < c.H; ++h) {
-          x.at(t, b, h) = Type<S>::draw(random);
-          dy.at(t, b, h) = Type<S>::draw(random);
+          x.at(t, b, h) = Type<S>::draw(random, 1);
+          dy.at(t, b, h) = Type<S>::draw(random, 1);
         }
       }
     }
@@ -210,6 +105,11 @@ class Test {
   }
 
  private:
+  // Storing a state rounds it, and keep_inside moves it by less than the spacing below the bound, which costs as much
+  // again; Type::least is what keep_inside makes of a smaller state.
+  static constexpr double STORE_EPSILON = 2 * Type<S>::epsilon;
+
+  Rows<S> rows(Layout layout) const { return {c.T, c.B, c.H, layout, c.padding}; }
   bool ended(int64_t t, int64_t b) { return lengths.data && t >= lengths[b]; }
   int64_t reset_stride_t() const { return c.in == Layout::batch_first ? 1 : c.B; }
   int64_t reset_stride_b() const { return c.in == Layout::batch_first ? c.T : 1; }
@@ -300,7 +200,7 @@ class Test {
       for (int64_t t = 0; t < c.T; ++t) {
         const Number want = exact[index(t, b, h)];
         const double got = rows.value(t, b, h);
-        const bool right = ended(t, b) ? got == 0 : want.admits(got, Type<S>::store_epsilon, Type<S>::store_least);
+        const bool right = ended(t, b) ? got == 0 : want.admits(got, STORE_EPSILON, Type<S>::least);
         CHECK(right, "%s[%d, %d, %d] is %.17g, not %.17g to within %.3g: %s", name, int(t), int(b), int(h), got,
               want.value, want.error, c.text(isa, dtype).c_str());
       }
@@ -332,7 +232,7 @@ class Test {
   }
 
   void check_backward(const Isa& isa) {
-    Rows<S> dx(c, c.out);
+    Rows<S> dx = rows(c.out);
     Canaries<R> dh0(c.B * c.H), columns(6 * c.B * c.H), du(c.H), db(c.H);
     IndrnnBackward p{};
     fill(p);

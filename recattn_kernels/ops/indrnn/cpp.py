@@ -23,11 +23,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     h0, bias, lengths = plain(call.h0, dtype), plain(call.bias, dtype), plain(call.lengths, torch.int64)
     output, h_n = empty_forward(call)
     state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
-    _cpu().indrnn_forward(
-        call.sizes, CPU_DTYPES[x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
-        pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
-        torch.get_num_threads(), pointer(bias), strided(x, time), strided(output, time), pointer(state),
-    )  # fmt: skip
+    common = _common(call, weight_hh, h0, lengths)
+    _cpu().indrnn_forward(common, pointer(bias), strided(x, time), strided(output, time), pointer(state))
     return output, h_n if state is h_n else h_n.copy_(state)
 
 
@@ -41,9 +38,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     columns = output.new_empty((6, B, H), dtype=dtype)  # scratch
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
     _cpu().indrnn_backward(
-        call.sizes, CPU_DTYPES[output.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
-        pointer(weight_hh), pointer(h0), strided(call.reset, time), pointer(lengths), call.reverse,
-        torch.get_num_threads(), math.inf if call.grad_clip is None else call.grad_clip,
+        _common(call, weight_hh, h0, lengths), math.inf if call.grad_clip is None else call.grad_clip,
         strided(dy, time), strided(output, time), pointer(dh_n), strided(dx, time),
         pointer(dh0), pointer(columns), pointer(du), pointer(db),
     )  # fmt: skip
@@ -53,6 +48,15 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
         dx.new_empty(0) if call.h0 is None else dh0.to(call.h0.dtype),
         dx.new_empty(0) if call.bias is None else db.to(call.bias.dtype),
     )
+
+
+def _common(call: Call, weight_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None) -> tuple[Any, ...]:
+    """The arguments that both directions take."""
+    return (
+        call.sizes, CPU_DTYPES[call.x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
+        pointer(weight_hh), pointer(h0), strided(call.reset, call.time), pointer(lengths), call.reverse,
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _cpu() -> Any:
