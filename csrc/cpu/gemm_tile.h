@@ -13,18 +13,6 @@ namespace {
 constexpr int MR = VECTOR_BYTES == 64 ? 12 : VECTOR_BYTES == 32 ? 6 : 4;
 template <class T> constexpr int NR = 2 * LANES<T>;
 
-template <class T>
-RECATTN_FN Vec<T> load_vector(const T* from) {
-  Vec<T> v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class T>
-RECATTN_FN void store_vector(T* to, Vec<T> v) {
-  memcpy(to, &v, sizeof v);
-}
-
 // Element (i, j) is data[i * row + j * col].
 template <class T> struct Matrix {
   const T* data;

@@ -226,7 +226,7 @@ class Axis {
       cell.m = R(double(begin + i) - half);
       for (int64_t t = 0; t < cell.count; t += LANES<R>) {
         const Vec<R> all = Vec<R>{} + inner;
-        memcpy(weights + t, &all, VECTOR_BYTES);
+        store_vector(weights + t, all);
       }
       if (a >= 0) weights[0] = within ? R(1) : shares[edges + i];
       if (b == to && !within && cell.count > 0) weights[to - from] = shares[i + 1];

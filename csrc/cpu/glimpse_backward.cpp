@@ -18,11 +18,7 @@ template <class R>
 void add_scaled(R* __restrict to, const R* __restrict from, R scale, int64_t n) {
   int64_t x = 0;
   for (; x + LANES<R> <= n; x += LANES<R>) {
-    Vec<R> sum, more;
-    memcpy(&sum, to + x, VECTOR_BYTES);
-    memcpy(&more, from + x, VECTOR_BYTES);
-    sum += more * scale;
-    memcpy(to + x, &sum, VECTOR_BYTES);
+    store_vector(to + x, load_vector(to + x) + load_vector(from + x) * scale);
   }
   for (; x < n; ++x) to[x] += from[x] * scale;
 }
@@ -186,18 +182,13 @@ class Points {
   Rows<S, R> rows_;
   Buffer<R> read_buffer_, turned_buffer_, step_buffer_, growth_buffer_;
 
-  static Vec<R> vector(const R* from) {
-    Vec<R> v;
-    memcpy(&v, from, VECTOR_BYTES);
-    return v;
-  }
   static double sum(const Vec<R>& v, int lanes) {
     double total = 0;
     for (int lane = 0; lane < lanes; ++lane) total += double(v[lane]);
     return total;
   }
   Vec<R> column(int64_t x, const Plane<S>& plane, int64_t c) const {
-    return x < 0 ? Vec<R>{} : vector(rows_.at(x * plane.together + c));
+    return x < 0 ? Vec<R>{} : load_vector(rows_.at(x * plane.together + c));
   }
 
   void along_x(const Plane<S>& plane, int64_t group, int64_t c, int64_t i, int lanes, const R* dout, double* parts) {
@@ -209,7 +200,7 @@ class Points {
     Vec<R> dx = {}, dk = {};
     for (int64_t j = 0; j < p_.width; ++j) {
       const Cell<R>& cell = across_[j];
-      const Vec<R> upper = column(cell.upper, plane, c), d = vector(dout + j * L);
+      const Vec<R> upper = column(cell.upper, plane, c), d = load_vector(dout + j * L);
       const Vec<R> step = upper - column(cell.lower, plane, c);
       Vec<R> growth = step * cell.m;
       if (across_.shrinks) growth += upper - rows_.reduce(cell, plane.together, c);
@@ -231,7 +222,7 @@ class Points {
       m[lane] = down_[i + lane].m;
     }
     rows_.turn(lanes);
-    for (int64_t j = 0; j < p_.width; ++j) put(steps + j * L, rows_.reduce(across_[j], plane.together, c));
+    for (int64_t j = 0; j < p_.width; ++j) store_vector(steps + j * L, rows_.reduce(across_[j], plane.together, c));
     if (down_.shrinks) {
       for (int lane = 0; lane < lanes; ++lane) {
         const Cell<R>& cell = down_[i + lane];
@@ -239,16 +230,16 @@ class Points {
       }
       rows_.turn(lanes);
       for (int64_t j = 0; j < p_.width; ++j) {
-        put(growths + j * L, vector(steps + j * L) - rows_.reduce(across_[j], plane.together, c));
+        store_vector(growths + j * L, load_vector(steps + j * L) - rows_.reduce(across_[j], plane.together, c));
       }
     }
     for (int lane = 0; lane < lanes; ++lane) edge_row(plane, group, lane, down_[i + lane].lower, &one);
     rows_.turn(lanes);
     Vec<R> dy = {}, dk = {};
     for (int64_t j = 0; j < p_.width; ++j) {
-      const Vec<R> step = vector(steps + j * L) - rows_.reduce(across_[j], plane.together, c), d = vector(dout + j * L);
+      const Vec<R> step = load_vector(steps + j * L) - rows_.reduce(across_[j], plane.together, c), d = load_vector(dout + j * L);
       Vec<R> growth = step * m;
-      if (down_.shrinks) growth += vector(growths + j * L);
+      if (down_.shrinks) growth += load_vector(growths + j * L);
       dy += d * step;
       dk += d * growth;
     }
@@ -259,7 +250,6 @@ class Points {
   void edge_row(const Plane<S>& plane, int64_t group, int lane, int64_t y, const R* one) {
     rows_.blend_row(plane, group, lane, y < 0 ? 0 : y, y < 0 ? 0 : 1, one);
   }
-  static void put(R* to, const Vec<R>& v) { memcpy(to, &v, VECTOR_BYTES); }
 };
 
 template <class S, class R>

@@ -119,7 +119,7 @@ struct Groups {
 
   explicit Groups(const R* from) {
     if constexpr (SIZE == 1) {
-      memcpy(&first, from, VECTOR_BYTES);
+      first = load_vector(from);
       rest = Vec<R>{};
     } else {
       const Groups<SIZE / 2, R> a(from), b(from + LANES<R> * SIZE / 2);
@@ -144,7 +144,7 @@ void reduce_even(const R* from, const R* weights, R* to, int64_t blocks) {
     Vec<R> sum = groups.first * weights[0];
     if constexpr (SIZE > 1) sum += groups.rest * weights[1];
     if constexpr (MORE) sum += next(groups.first, from[L * SIZE]) * weights[SIZE];
-    memcpy(to, &sum, VECTOR_BYTES);
+    store_vector(to, sum);
   }
 }
 
@@ -168,9 +168,7 @@ template <int SIZE, bool MORE, class R>
 void spread_even(const R* cells, const R* weights, R* line, int64_t blocks) {
   constexpr int L = LANES<R>;
   for (; blocks > 0; --blocks, cells += L, line += L * SIZE) {
-    Vec<R> own, before;
-    memcpy(&own, cells, VECTOR_BYTES);
-    memcpy(&before, cells - 1, VECTOR_BYTES);
+    const Vec<R> own = load_vector(cells), before = load_vector(cells - 1);
     Vec<R> first = own * weights[0];
     if constexpr (MORE) first += before * weights[SIZE];
     Vec<R> row[SIZE];
@@ -204,8 +202,8 @@ struct EvenSpan {
   void clear(R* line) const {
     constexpr int L = LANES<R>;
     const Vec<R> zeros = {};
-    for (int64_t x = 0; x < pad; x += L) memcpy(line + x, &zeros, VECTOR_BYTES);
-    for (int64_t x = (pad + n) / L * L; x < length; x += L) memcpy(line + x, &zeros, VECTOR_BYTES);
+    for (int64_t x = 0; x < pad; x += L) store_vector(line + x, zeros);
+    for (int64_t x = (pad + n) / L * L; x < length; x += L) store_vector(line + x, zeros);
   }
 };
 

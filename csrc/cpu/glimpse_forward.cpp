@@ -35,8 +35,7 @@ class Smooth {
       rows_.turn(lanes);
       for (int64_t c = 0; c < plane.together; ++c) {
         for (int64_t j = 0; j < p_.width; ++j) {
-          const Vec<R> sum = rows_.reduce(across_[j], plane.together, c);
-          memcpy(cells + j * L, &sum, VECTOR_BYTES);
+          store_vector(cells + j * L, rows_.reduce(across_[j], plane.together, c));
         }
         for (int64_t j = 0; j < columns; j += L) {
           const R* turned[L];

@@ -21,7 +21,7 @@ template <class R, class S>
 RECATTN_FN Vec<R> load_lanes(const S* from) {
   Vec<R> v;
   if constexpr (sizeof(S) == sizeof(R)) {
-    memcpy(&v, from, VECTOR_BYTES);
+    v = load_vector(from);
 #if defined(__AVX512F__)
   } else if constexpr (sizeof(S) == 1 && sizeof(R) == 4) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -38,7 +38,7 @@ RECATTN_FN Vec<R> load_lanes(const S* from) {
     } else {
       for (int i = 0; i < LANES<R>; ++i) lanes[i] = R(from[i]);
     }
-    memcpy(&v, lanes, VECTOR_BYTES);
+    v = load_vector(lanes);
   }
   return v;
 }
@@ -54,7 +54,7 @@ int64_t blend_vectors(const S* from, int64_t row, const R* weights, int64_t coun
       for (int v = 0; v < V; ++v) sums[v] += load_lanes<R>(at + v * LANES<R>) * weights[t];
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) memcpy(to + x + v * LANES<R>, &sums[v], VECTOR_BYTES);
+    for (int v = 0; v < V; ++v) store_vector(to + x + v * LANES<R>, sums[v]);
   }
   return x;
 }
@@ -132,16 +132,11 @@ class Rows {
     const int64_t step = together * L;
     int64_t t = 0;
     for (; t + 2 <= cell.count; t += 2, from += 2 * step) {
-      Vec<R> a, b;
-      memcpy(&a, from, VECTOR_BYTES);
-      memcpy(&b, from + step, VECTOR_BYTES);
-      sums[0] += a * cell.weights[t];
-      sums[1] += b * cell.weights[t + 1];
+      sums[0] += load_vector(from) * cell.weights[t];
+      sums[1] += load_vector(from + step) * cell.weights[t + 1];
     }
     if (t < cell.count) {
-      Vec<R> a;
-      memcpy(&a, from, VECTOR_BYTES);
-      sums[0] += a * cell.weights[t];
+      sums[0] += load_vector(from) * cell.weights[t];
     }
     return sums[0] + sums[1];
   }

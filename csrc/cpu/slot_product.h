@@ -7,17 +7,6 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-template <class R>
-Vec<R> load_vector(const R* from) {
-  Vec<R> v;
-  memcpy(&v, from, VECTOR_BYTES);
-  return v;
-}
-template <class R>
-void store_vector(R* to, const Vec<R>& v) {
-  memcpy(to, &v, VECTOR_BYTES);
-}
-
 // Asks for memory before its use, line by line, from within the loops of the products. Asked for in one go, the lines
 // would wait for each other and the products for them; read only when they are needed, 16 rows at a time, they come in
 // an order in which the hardware does not see what is next.
