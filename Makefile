@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the gpu targets write their results.
 OUT ?= gpu-results
+# What gpu-bench runs: BENCH="--op lstm --dtype bfloat16".
+BENCH ?=
 # Seconds that a gpu target takes at most, its build included.
 GPU_LIMIT := 470
 GPU_BUILD := RECATTN_BUILD_CUDA=1 timeout $(GPU_LIMIT) python3 setup.py build_ext --inplace
@@ -100,10 +102,12 @@ demo: setup
 
 gpu: gpu-test gpu-check gpu-bench
 
-# SECONDS is the shell's own count since the recipe began.
+# SECONDS is the shell's own count since the recipe began. Interrupted, pytest still reports and writes its results.
 gpu-test:
 	@set -eo pipefail; mkdir -p "$(OUT)"; $(GPU_BUILD); \
-	$(GPU_RUN) timeout $$(($(GPU_LIMIT) - SECONDS)) python3 -m pytest -q -p no:cacheprovider \
+	if python3 -c "import xdist" 2> /dev/null; then processes="--numprocesses auto --maxprocesses 8"; fi; \
+	$(GPU_RUN) OMP_WAIT_POLICY=passive timeout --signal=INT --kill-after=30 $$(($(GPU_LIMIT) - SECONDS)) \
+		python3 -m pytest -q -m cuda $$processes -p no:cacheprovider \
 		--junitxml="$(OUT)/gpu-test.xml" 2>&1 | tee "$(OUT)/gpu-test.log"
 
 # torch's caching allocator would hide most out-of-bounds accesses. Some virtual machines refuse the tool the device.
@@ -114,14 +118,16 @@ gpu-check:
 		log="$(OUT)/gpu-check-$$tool.log"; status=0; limit=$$((($(GPU_LIMIT) - SECONDS) / share)); share=1; \
 		$(GPU_RUN) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $$limit compute-sanitizer --tool $$tool \
 			--target-processes application-only --error-exitcode 1 \
-			python3 -m recattn_kernels check --device cuda --quick 2>&1 | tee "$$log" || status=$$?; \
+			python3 -m recattn_kernels check --device cuda --backend cuda --quick 2>&1 | tee "$$log" || status=$$?; \
 		if grep -q "Device not supported" "$$log"; then echo "gpu-check: $$tool refused this device"; \
+		elif [ $$status = 124 ]; then echo "gpu-check: $$tool found nothing in the $$limit seconds that it had"; \
 		elif [ $$status != 0 ]; then echo "gpu-check: $$tool failed (exit status $$status)"; exit $$status; fi; \
 	done
 
 gpu-bench:
 	@set -eo pipefail; mkdir -p "$(OUT)"; $(GPU_BUILD); \
-	$(GPU_RUN) timeout $$(($(GPU_LIMIT) - SECONDS)) python3 -m recattn_kernels bench --device cuda \
+	$(GPU_RUN) timeout --signal=INT --kill-after=30 $$(($(GPU_LIMIT) - SECONDS)) \
+		python3 -m recattn_kernels bench --device cuda $(BENCH) \
 		--json "$(OUT)/gpu-bench.json" 2>&1 | tee "$(OUT)/gpu-bench.log"
 
 clean:

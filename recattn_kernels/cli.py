@@ -7,6 +7,7 @@ machine on which something is to be found out is often one that lacks what was n
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from recattn_kernels.bench import console
 from recattn_kernels.bench.environment import environment, support
 from recattn_kernels.spec import OpSpec, Sample, tensors
 
-# A check's quick form: samples of at most so many elements, and so many of them an op.
+# A check's quick form: samples of at most so many elements, so many of them an op, and the largest of all.
 QUICK_ELEMENTS, QUICK_SAMPLES = 500, 12
 
 
@@ -104,13 +105,16 @@ def check_samples(
 
 
 def quick_samples(spec: OpSpec) -> Sequence[Sample]:
-    """A few small samples, taken evenly over the list: for tools that slow a kernel down a thousandfold."""
+    """A few small samples, taken evenly over the list, and the largest, over which blocks work together: for tools that
+    slow a kernel down a thousandfold."""
 
     def elements(sample: Sample) -> int:
         return sum(t.numel() for t in tensors(sample.make(torch.Generator().manual_seed(0))))
 
-    small = [sample for sample in spec.samples if elements(sample) <= QUICK_ELEMENTS] or list(spec.samples[:1])
-    return small[:: -(-len(small) // QUICK_SAMPLES)]
+    by_size = {sample.name: elements(sample) for sample in spec.samples}
+    small = [sample for sample in spec.samples if by_size[sample.name] <= QUICK_ELEMENTS]
+    chosen = small[:: max(1, -(-len(small) // QUICK_SAMPLES))]
+    return [*chosen, max((s for s in spec.samples if s not in chosen), key=lambda sample: by_size[sample.name])]
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -126,7 +130,8 @@ def bench(options: argparse.Namespace) -> int:
     if options.workload is not None and sweeps:  # it names a sweep
         result = runner.Report()
     else:
-        result = runner.run(op=options.op, workload=options.workload, dtypes=dtypes, **how)
+        save = functools.partial(report.write_json, path=options.json) if options.json is not None else lambda _: None
+        result = runner.run(op=options.op, workload=options.workload, dtypes=dtypes, after=save, **how)
     lines = [line for dtype in dtypes for line in sweep.run(result, sweeps, dtype=dtype, **how)]
     report.show(result)
     sweep.show(lines)

@@ -105,6 +105,24 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "| indrnn tiny, float32 | fwd+bwd |" in table
 
 
+@pytest.mark.usefixtures("tiny")
+def test_what_is_measured_outlives_an_interrupted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "PEERS", {})
+    measure = runner.run_workload
+
+    def interrupted(report: Any, progress: Any, spec: Any, work: Workload, *rest: Any) -> Any:
+        if work.name == "larger":
+            raise KeyboardInterrupt
+        return measure(report, progress, spec, work, *rest)
+
+    monkeypatch.setattr(runner, "run_workload", interrupted)
+    monkeypatch.setattr(timing, "Effort", lambda: timing.QUICK)
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "--op", "indrnn", "--device", "cpu", "--json", str(path)])
+    assert {row["workload"] for row in json.loads(path.read_text())["rows"]} == {"tiny"}
+
+
 @needs_cpp
 @pytest.mark.usefixtures("tiny")
 def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from recattn_kernels import conformance, registry
+from recattn_kernels import backends, conformance, registry
 from recattn_kernels.bench import peers, timing
 from recattn_kernels.bench.console import Progress
 from recattn_kernels.bench.environment import environment
@@ -88,11 +89,15 @@ def run(
     backend: str | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     quick: bool = False,
+    after: Callable[[Report], object] = lambda report: None,
 ) -> Report:
-    """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same."""
+    """Benchmarks the chosen workloads. backend: the only fused one to time; peers are timed beside it all the same.
+
+    after: called with what there is after each workload, as a run may be stopped before its end.
+    """
     chosen = [(*pair, dtype) for dtype in dtypes for pair in select(op, workload, device, quick)]
     report = Report()
-    with Progress(total=len(chosen)) as progress:
+    with Progress(total=len(chosen)) as progress, products_alike(device):
         for spec, work, dtype in chosen:
             if device == "cpu":
                 timing.keep_freed_memory(reserve=2 * spec.cost(work, dtype, True)[0])
@@ -100,7 +105,17 @@ def run(
             variants = ({}, *(v for v in spec.variants if v)) if device == "cuda" else ({},)
             build = functools.partial(peers.build, backend=backend, variants=variants)
             run_workload(report, progress, spec, work, device, dtype, quick, build)
+            after(report)
     return report
+
+
+def products_alike(device: str) -> contextlib.AbstractContextManager[Any]:
+    """cuDNN multiplies float32 as torch's own products do: by default it takes TF32 where they do not."""
+    if device != "cuda":
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    manager: contextlib.AbstractContextManager[Any] = cudnn.flags(enabled=True, allow_tf32=backends.allows_tf32())
+    return manager
 
 
 def run_workload(

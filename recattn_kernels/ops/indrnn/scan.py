@@ -45,15 +45,16 @@ def chunk_steps(T: int) -> int:
 def applies(call: Call, multiprocessors: int, forward: bool) -> bool:
     """Whether a GPU's backends take the scan: always where it was asked for, under "auto" by this rule.
 
-    A walk has a lane a column, so that few columns leave most of a GPU idle: from about 128 columns a multiprocessor on
-    it should keep the memory busy. Under a thousand steps it takes some ten microseconds. Both are estimates: neither
-    has been measured on a GPU.
+    A walk has a lane a column: few columns leave most of a GPU idle, and each step waits some 25 cycles for the one
+    before. The scan has four times its instructions, 18 cycles a step for each 32 columns of a multiprocessor, so that
+    it is behind from about 64 columns on. Under a thousand steps a walk takes some ten microseconds. These are
+    estimates, from counts of instructions: nothing has been measured on a GPU.
     """
     T, B, H = call.sizes
     if forward and call.activation not in PIECEWISE:
         return False
     if call.algorithm == "auto":
-        return T >= 1024 and 128 * multiprocessors >= B * H
+        return T >= 1024 and 64 * multiprocessors >= B * H
     return call.algorithm == "scan"
 
 

@@ -1,0 +1,89 @@
+"""rnn, lstm and gru in CUDA at sizes that real calls have, over many blocks: what the samples, and threads that a CPU
+emulates, do not show."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from recattn_kernels import conformance, registry
+from recattn_kernels.spec import Sample, tensors
+
+pytestmark = pytest.mark.cuda
+
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+# T, B, H: several slices of the units and groups of the rows; rows in more than one pass; the widest that fits.
+SIZES = [
+    ("lstm", torch.bfloat16, (64, 50, 512)),
+    ("lstm", torch.float32, (24, 50, 512)),
+    ("gru", torch.bfloat16, (64, 50, 512)),
+    ("gru", torch.float32, (8, 300, 512)),
+    ("lstm", torch.float16, (8, 300, 512)),
+    ("rnn", torch.bfloat16, (16, 64, 1024)),
+    ("gru", torch.bfloat16, (16, 64, 1024)),
+]
+usual = pytest.mark.parametrize(("op", "dtype", "sizes"), SIZES)
+
+
+def arguments(op: str, sizes: tuple[int, int, int], generator: Generator) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    T, B, H = sizes
+    x = torch.randn(T, B, GATES[op] * H, generator=generator, dtype=torch.float64)
+    weight_hh = torch.randn(GATES[op] * H, H, generator=generator, dtype=torch.float64) / H**0.5
+    bias_hh = torch.randn(GATES[op] * H, generator=generator, dtype=torch.float64)
+    return (x.requires_grad_(), weight_hh.requires_grad_()), {"bias_hh": bias_hh.requires_grad_()}
+
+
+def on_gpu(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[list[Tensor], Any]:
+    """Inputs, and a call of them: its outputs and their gradients."""
+    args, kwargs = arguments(op, sizes, Generator().manual_seed(0))
+    inputs = [t.detach().to("cuda", dtype).requires_grad_() for t in (*args, kwargs["bias_hh"])]
+
+    def call() -> list[Tensor]:
+        x, weight_hh, bias_hh = inputs
+        outputs = tensors(registry.find(op).function(x, weight_hh, bias_hh=bias_hh, backend="cuda"))
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])]
+
+    return inputs, call
+
+
+@usual
+def test_large_sizes_conform(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    sample = Sample("large", functools.partial(arguments, op, sizes))
+    findings = conformance.compare(registry.find(op), sample, "cuda", dtype, "cuda")
+    assert not [f"{f.name}: {f.complaint}" for f in findings if f.complaint is not None]
+
+
+@usual
+def test_every_run_gives_the_same_bits(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    _, call = on_gpu(op, dtype, sizes)
+    first = call()
+    stream = torch.cuda.Stream()
+    for _ in range(10):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # beside the next call, on the default stream
+            beside = call()
+        here = call()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, beside, here, strict=True))
+
+
+@pytest.mark.parametrize(("op", "dtype", "sizes"), SIZES[:3])
+def test_a_sequence_in_a_cuda_graph(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    inputs, call = on_gpu(op, dtype, sizes)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for _ in range(3):
+        with torch.no_grad():
+            inputs[0].copy_(torch.randn_like(inputs[0]))
+        graph.replay()
+        torch.testing.assert_close(found, call(), rtol=0, atol=0)
