@@ -42,6 +42,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def on_device(op: str, lengths: Tensor, x: Tensor) -> Tensor:
+    """lengths where x is, if that is a GPU: once for both directions."""
+    if x.device.type != "cuda" or lengths.is_cuda:
+        return lengths
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        # A replay would read the host's memory again, which may be another's by then.
+        raise ValueError(f"{op}: lengths must be on {x.device} while a CUDA graph is captured, got {lengths.device}")
+    return lengths.to(x.device, non_blocking=True)
+
+
 def valid_steps(x: Tensor, lengths: Tensor | None, time: int) -> Tensor | None:
     """(T, B, 1), True where step t of row b is within the row's length."""
     if lengths is None:

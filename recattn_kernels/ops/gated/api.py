@@ -11,7 +11,7 @@ from torch import Tensor
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.gated import contract
 from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, TENSORS, Call
-from recattn_kernels.ops.sequence import compute_dtype
+from recattn_kernels.ops.sequence import compute_dtype, on_device
 
 
 def normalise(
@@ -68,9 +68,7 @@ def normalise(
         if mask is not None:
             checks.mask(op, name, mask, f"({', '.join((*order, *('H' for _ in last)))})", (*x.shape[:2], *last), x)
     if lengths is not None:
-        lengths = checks.lengths(op, lengths, B, T, x)
-        if x.device.type == "cuda":
-            lengths = lengths.to(x.device, non_blocking=True)  # once for both directions
+        lengths = on_device(op, checks.lengths(op, lengths, B, T, x), x)
     norm = _layer_norm(op, layer_norm, lstm, wide, G * H, H, x)
     clip = None if grad_clip is None or grad_clip > torch.finfo(compute_dtype(x.dtype)).max else float(grad_clip)
     return Call(

@@ -11,7 +11,7 @@ from torch import Tensor
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.indrnn import contract, reference
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, BACKENDS, LIBRARY, Call
-from recattn_kernels.ops.sequence import compute_dtype
+from recattn_kernels.ops.sequence import compute_dtype, on_device
 
 
 def normalise(
@@ -53,9 +53,7 @@ def normalise(
     if reset is not None:
         checks.mask(op, "reset", reset, "(B, T)" if batch_first else "(T, B)", tuple(x.shape[:2]), x)
     if lengths is not None:
-        lengths = checks.lengths(op, lengths, B, T, x)
-        if x.device.type == "cuda":
-            lengths = lengths.to(x.device, non_blocking=True)  # once for both directions
+        lengths = on_device(op, checks.lengths(op, lengths, B, T, x), x)
     return Call(
         x, weight_hh, h0, bias, reset, lengths,
         activation, float(negative_slope), reverse, batch_first, grad_clip, algorithm,
