@@ -39,20 +39,19 @@ WARPS = (2, 16)  # at least, and at most
 def row_config(call: Call, on: Machine) -> Config:
     units = max(16, triton.next_power_of_2(call.sizes[2]))
     fewest, most = WARPS
-    rows = 2 if on.interpreted else max(1, fewest * 32 * VALUES // units)
+    rows = 4 if on.interpreted else max(1, fewest * 32 * VALUES // units)
     return Config(rows, units, 0, min(most, max(fewest, rows * units // (32 * VALUES))))
 
 
 def row_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
     chosen = row_config(call, on)
-    norm = {f"{name}_ptr": contiguous(getattr(call, name)) for name in ("ln_weight", "ln_bias")}
-    norm |= {f"{name}_ptr": contiguous(getattr(call, name)) for name in ("ln_c_weight", "ln_c_bias")}
+    names = ("ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias")
+    norm = {f"{name}_ptr": contiguous(getattr(call, name)) for name in names}
     given = arguments(call, chosen) | norm | {"i": 0} | own
     args = {name: given[name] for name in kernel.arg_names}
     registers = min(REGISTERS, 2**16 // (32 * chosen.num_warps))
-    return Launch(
-        kernel, (triton.cdiv(call.sizes[1], chosen.rows),), args, chosen.num_warps * 32 // on.lanes, registers
-    )
+    grid = (triton.cdiv(call.sizes[1], chosen.rows),)
+    return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, registers)
 
 
 def forward_step(

@@ -144,9 +144,9 @@ def backward_normed_kernel(
 ):  # fmt: skip
     # dh[t] = clip(dy[t] + dh');  dx[t], dq[t] = cell's backward of it;  d = dq[t] * weight
     # dL/d(W_hh h[t-1]) = rstd * (d - mean(d) - normed * mean(d * normed));  dweight += dq[t] * normed;  dbias += dq[t]
-    # dh, dc (B, H): what reaches the states after a step, and then, but for the product, before it; the lstm's c' goes
-    # through a layer norm likewise. sums (B, ...): dweight, dbias and those of c', a row's. dq: of W_hh h here. i counts
-    # from the last step.
+    # dh, dc (B, H): what reaches the states after a step, and then, but for the product, before it. dq_ptr: of W_hh h.
+    # The lstm's c' goes through a layer norm likewise. sums (B, ...): dweight, dbias and those of c', of each row.
+    # i counts from the last step.
     t = time_of(i, T, not REVERSE)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.arange(0, BLOCK_H)
