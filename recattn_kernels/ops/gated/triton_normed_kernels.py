@@ -8,61 +8,32 @@ from __future__ import annotations
 
 from functools import partial
 
-import triton
 import triton.language as tl
 
 from recattn_kernels.ops.gated.triton_cells import (
-    arrive,
     eights,
-    leave,
     length_of,
     load_keep,
     load_tiles,
     proceeds_at,
     rows_at,
-    squash,
     state_before,
     step_forward,
     store_tiles,
     tile_at,
     time_of,
     to_float,
-    where_all,
+)
+from recattn_kernels.ops.gated.triton_normed_cells import (
+    add_all,
+    load_norm,
+    norm_forward,
+    norm_of_c,
+    normed_backward,
+    store_norm,
 )
 from recattn_kernels.ops.gated.triton_step_kernels import add_bias, add_products, add_through
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import normalise, normalise_backward, products_of
-
-
-@triton.jit
-def load_row(ptr, n, units):
-    """A parameter's values for the units n. (1, units)"""
-    return tl.load(ptr + n, mask=units, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def scaled(tiles, weight_ptr, n, H, units):
-    """The tiles, each with its own part of a layer norm's weight."""
-    products = ()
-    for g in tl.static_range(len(tiles)):
-        products += (tiles[g] * load_row(weight_ptr + g * H, n, units),)
-    return products
-
-
-@triton.jit
-def load_norm_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units):
-    """squash()'s norm_c, None without one."""
-    norm_c = None
-    if ln_c_weight_ptr is not None:
-        norm_c = (load_row(ln_c_weight_ptr, n, units), load_row(ln_c_bias_ptr, n, units), units, H)
-    return norm_c
-
-
-@triton.jit
-def add_to(at, H, mask, tiles):
-    """Adds the tiles to those that lie H apart in memory, which no other program touches."""
-    for g in tl.static_range(len(tiles)):
-        tl.store(at + g * H, tl.load(at + g * H, mask=mask, other=0.0) + tiles[g], mask=mask)
 
 
 @partial(kernel, aligned=("weight_hh_ptr", "h_ptr"))
@@ -93,7 +64,6 @@ def forward_normed_kernel(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     # q = LN(W_hh h[t-1]) + bias_hh;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1]), of the i-th step taken
-    # LN(v) = normed * weight + bias;  normed = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + 1e-5) over all gates
     # h, c (B, H): the states, which this kernel brings up to date.
     t = time_of(i, T, REVERSE)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -113,10 +83,9 @@ def forward_normed_kernel(
     keep_h = load_keep(keep_h_ptr, t, keep_h_stride_t, b, keep_h_stride_b, n, mask)
     keep_c = load_keep(keep_c_ptr, t, keep_c_stride_t, b, keep_c_stride_b, n, mask)
 
-    normed, rstd = normalise(products, units, H * GATES)
-    q = add_bias(scaled(normed, ln_weight_ptr, n, H, units), ln_bias_ptr, n, H, units, 0)
+    q, normed, rstd = norm_forward(products, ln_weight_ptr, ln_bias_ptr, n, H, units, GATES)
     q = add_bias(q, bias_hh_ptr, n, H, units, 0)
-    norm_c = load_norm_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units)
+    norm_c = norm_of_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units)
     y, h, c, kept = step_forward(x, q, h, c, proceeds, valid, keep_h, keep_c, zoneout_h, zoneout_c, CELL, norm_c)
     here = tile_at(output_ptr, t, output_stride_t, b, output_stride_b, n)
     tl.store(here, y.to(output_ptr.dtype.element_ty), mask=mask)
@@ -128,8 +97,7 @@ def forward_normed_kernel(
     if cells_ptr is not None:
         tl.store(tile_at(cells_ptr, t, size, b, H, n), c, mask=mask)
     if normed_ptr is not None:
-        store_tiles(tile_at(normed_ptr, t, size * GATES, b, H * GATES, n), H, mask, normed)
-        tl.store(rstd_ptr + t * B.to(tl.int64) + b[:, None], rstd, mask=rows[:, None])
+        store_norm(normed_ptr, rstd_ptr, t, b, n, B, H, mask, rows, normed, rstd)
 
 
 @kernel
@@ -142,11 +110,9 @@ def backward_normed_kernel(
     CELL: tl.constexpr, GATES: tl.constexpr, KEPT: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    # dh[t] = clip(dy[t] + dh');  dx[t], dq[t] = cell's backward of it;  d = dq[t] * weight
-    # dL/d(W_hh h[t-1]) = rstd * (d - mean(d) - normed * mean(d * normed));  dweight += dq[t] * normed;  dbias += dq[t]
-    # dh, dc (B, H): what reaches the states after a step, and then, but for the product, before it. dq_ptr: of W_hh h.
-    # The lstm's c' goes through a layer norm likewise. sums (B, ...): dweight, dbias and those of c', of each row.
-    # i counts from the last step.
+    # dh[t] = clip(dy[t] + dh');  dx[t], dq[t] = backward of the cell and of LN;  dh' from h[t] past dq[t]
+    # dh, dc (B, H): what reaches the states after a step, and then, but for the product, before it.
+    # sums (B, ...): of each row, the gradients of LN's parameters, side by side. i counts from the last step.
     t = time_of(i, T, not REVERSE)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.arange(0, BLOCK_H)
@@ -173,29 +139,20 @@ def backward_normed_kernel(
         dc = tl.load(dc_ptr + column, mask=mask, other=0.0)
         c = state_before(cells_ptr, c0_ptr, t, size, b, H, n, column, length, mask, REVERSE)
 
-    old, new = arrive(dy, dh, dc, keep_h, keep_c, zoneout_h, zoneout_c, grad_clip)
-    squashed = None
-    sums = rows_at(sums_ptr, b, (2 * GATES + 2 if CELL == "lstm" else 2 * GATES) * H, n)
-    if CELL == "lstm":
-        input, forget, candidate, out = kept
-        norm_c = load_norm_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units)
-        y, normed_c, rstd_c = squash(forget * tl.where(proceeds, c, 0.0) + input * candidate, norm_c)
-        dln_c = new[0] * out * (1.0 - y * y)
-        through = normalise_backward((dln_c * norm_c[0],), (normed_c,), rstd_c, units, H)
-        squashed = (y, through[0])
-        add_to(sums + 2 * GATES * H, H, mask, where_all(valid, (dln_c * normed_c, dln_c)))
-    dx, dq, dh, dc = leave(dh, dc, old, new, kept, h, c, proceeds, valid, CELL, squashed)
+    normed, rstd = load_norm(normed_ptr, rstd_ptr, t, b, n, B, H, mask, rows, GATES)
+
+    norm_c = norm_of_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units)
+    dx, dq, dh, dc, shares = normed_backward(
+        dy, dh, dc, kept, h, c, proceeds, valid, keep_h, keep_c, zoneout_h, zoneout_c, grad_clip, normed, rstd,
+        ln_weight_ptr, norm_c, n, H, units, CELL, GATES,
+    )  # fmt: skip
     tl.store(dh_ptr + column, dh, mask=mask)
     if CELL == "lstm":
         tl.store(dc_ptr + column, dc, mask=mask)
     store_tiles(tile_at(dx_ptr, t, dx_stride_t, b, dx_stride_b, n), H, mask, dx)
-
-    normed = load_tiles(tile_at(normed_ptr, t, size * GATES, b, H * GATES, n), H, mask, GATES)
-    rstd = tl.load(rstd_ptr + t * B.to(tl.int64) + b[:, None], mask=rows[:, None], other=0.0)
-    add_to(sums, H, mask, where_all(valid, products_of(dq, normed)))
-    add_to(sums + GATES * H, H, mask, dq)
-    through = normalise_backward(scaled(dq, ln_weight_ptr, n, H, units), normed, rstd, units, H * GATES)
-    store_tiles(tile_at(dq_ptr, t, dq_stride_t, b, dq_stride_b, n), H, mask, where_all(valid, through))
+    store_tiles(tile_at(dq_ptr, t, dq_stride_t, b, dq_stride_b, n), H, mask, dq)
+    at = rows_at(sums_ptr, b, H * len(shares), n)
+    store_tiles(at, H, mask, add_all(load_tiles(at, H, mask, len(shares)), shares))
 
 
 @partial(kernel, aligned=("weight_hh_ptr", "dq_ptr"))
