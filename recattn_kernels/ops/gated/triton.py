@@ -21,6 +21,7 @@ from recattn_kernels.ops.gated.triton_arguments import (
     Config,
     arguments,
     backward_arguments,
+    empty_sums,
     float_state,
     forward_arguments,
     precision,
@@ -60,7 +61,7 @@ def holds_weights(call: Call, on: Machine) -> bool:
     whose blocks are larger, from smaller sizes on.
     """
     units, weights = sequence_config(call).units, weight_bytes(call)
-    options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip)
+    options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip, call.ln_weight)
     plain = all(option is None for option in options) and not any(call.mixing)
     roomy = weights <= LARGE or (plain and call.sizes[2] == units and call.weight_hh.element_size() == 2)
     # The weights pass through shared memory, and what is exchanged between the lanes in a step stays beside them.
@@ -69,8 +70,9 @@ def holds_weights(call: Call, on: Machine) -> bool:
 
 def sequence_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
     chosen = sequence_config(call)
-    args = arguments(call, chosen) | own
-    args |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": weight_bytes(call) <= LARGE}
+    given = arguments(call, chosen) | own
+    given |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": False}
+    args = {name: given[name] for name in kernel.arg_names}
     return Launch(
         kernel, (triton.cdiv(call.sizes[1], chosen.rows),), args, chosen.num_warps * 32 // on.lanes, REGISTERS
     )
@@ -102,11 +104,11 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
         return output, h_n, c_n, kept
     T, on = call.sizes[0], machine(output)
     with guard(output):
-        if call.ln_weight is not None:
-            normed.forward(call, output, h_n, c_n, kept, on)
-            return output, h_n, c_n, kept
         if holds_weights(call, on):
             forward_sequence(call, output, h_n, c_n, kept, on).run()
+            return output, h_n, c_n, kept
+        if call.ln_weight is not None:
+            normed.forward(call, output, h_n, c_n, kept, on)
             return output, h_n, c_n, kept
         states = float_state(call, call.h0).repeat(2, 1, 1)
         c = float_state(call, call.c0) if call.has_c else None
@@ -121,12 +123,15 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
 
 
 def backward_sequence(
-    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor, on: Machine
-) -> Launch:
+    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor,
+    sums: Tensor | None, on: Machine,
+) -> Launch:  # fmt: skip
+    """sums: empty_sums(), with a layer norm."""
     grad_output, grad_h_n, grad_c_n = grads
     own = {
         "grad_h_n_ptr": contiguous(grad_h_n), "grad_c_n_ptr": contiguous(grad_c_n) if call.has_c else None,
         "grad_h0_ptr": None if call.h0 is None else results[2], "grad_c0_ptr": None if call.c0 is None else results[3],
+        "sums_ptr": sums,
     }  # fmt: skip
     own |= backward_arguments(grad_output, call, kept, results[0], dq)
     return sequence_launch(backward_sequence_kernel, call, on, own)
@@ -152,14 +157,12 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
         for result in results:
             result.zero_()
         return results
-    dq = q_gradient(call, dx)
+    dq, sums = q_gradient(call, dx), None if call.ln_weight is None else empty_sums(call)
     with guard(call.x):
-        if call.ln_weight is not None:
-            normed.backward(grads, call, kept, results, dq, on)
-            weight_gradient(call, kept, dq, dweight_hh)
-            return results
         if holds_weights(call, on):
-            backward_sequence(grads, call, kept, results, dq, on).run()
+            backward_sequence(grads, call, kept, results, dq, sums, on).run()
+        elif sums is not None:
+            normed.backward(grads, call, kept, results, dq, sums, on)
         else:
             dh = float_state(call, grad_h_n)
             dc = float_state(call, grad_c_n) if call.has_c else None
@@ -172,7 +175,9 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
             if call.c0 is not None and dc is not None:
                 dc0.copy_(dc)
         weight_gradient(call, kept, dq, dweight_hh)
-        if call.bias_hh is not None:
+        if sums is not None:
+            normed.parameter_gradients(sums, call, results)
+        elif call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     return results
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from recattn_kernels.ops.gated import triton, triton_normed
 from recattn_kernels.ops.gated.contract import CELLS, Call, empty_backward, empty_forward
 from recattn_kernels.ops.gated.products import q_gradient
-from recattn_kernels.ops.gated.triton_arguments import float_state
+from recattn_kernels.ops.gated.triton_arguments import empty_sums, float_state
 from recattn_kernels.triton_launch import Launch, Machine, SameCompilation, Variant, Variants
 
 
@@ -79,14 +79,14 @@ def example(cell: str, shape: Shape, on: Machine) -> tuple[tuple[Launch, ...], t
     dq = q_gradient(backward, results[0])
     state = float_state(call, None)
     c = state if lstm else None
-    if normed:
-        sums = triton_normed.empty_sums(call)
-        own = triton_normed.backward_step(output, backward, kept, results[0], dq, state, c, sums, on)
-        return triton_normed.forward_step(call, output, kept, state, c, on), own
+    sums = empty_sums(call) if normed else None
     if triton.holds_weights(call, on):
         grads = (output, h_n, c_n if lstm else None)
         sequence = triton.forward_sequence(call, output, h_n, c_n, kept, on)
-        return (sequence,), (triton.backward_sequence(grads, backward, kept, results, dq, on),)
+        return (sequence,), (triton.backward_sequence(grads, backward, kept, results, dq, sums, on),)
+    if sums is not None:
+        own = triton_normed.backward_step(output, backward, kept, results[0], dq, state, c, sums, on)
+        return triton_normed.forward_step(call, output, kept, state, c, on), own
     forward = triton.forward_step(call, output, kept, state.repeat(2, 1, 1), c, on)
     return forward, triton.backward_step(output, backward, kept, results[0], dq, state, c, on)
 

@@ -34,6 +34,9 @@ UNALIGNED_STEP = Config(16, 16, 32, 4)
 INTERPRETER_STEP = Config(16, 16, 16, 4)
 
 
+LAYER_NORM = ("ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias")
+
+
 def precision(weight_hh: Tensor) -> str:
     """How float32 is multiplied: exactly, unless torch's own products are allowed TF32."""
     if weight_hh.device.type == "cpu":
@@ -60,6 +63,7 @@ def arguments(call: Call, chosen: Config) -> dict[str, Any]:
         "zoneout_h": rate_h or None, "zoneout_c": rate_c or None, "CELL": call.cell, "GATES": call.gates,
         "KEPT": KEPT[call.cell], "REVERSE": call.reverse, "PRECISION": precision(call.weight_hh),
         "BLOCK_B": chosen.rows, "BLOCK_H": chosen.units,
+        **{f"{name}_ptr": contiguous(getattr(call, name)) for name in LAYER_NORM},
     }  # fmt: skip
     for name, mask in (("reset", call.reset), ("keep_h", call.keep_h), ("keep_c", call.keep_c)):
         rows = mask if mask is None or name == "reset" else contiguous_rows(mask)
@@ -71,6 +75,7 @@ def forward_arguments(call: Call, output: Tensor, kept: Kept) -> dict[str, Any]:
     """What the forward kernels take beside arguments()."""
     return {
         "bias_hh_ptr": contiguous(call.bias_hh), "gates_ptr": present(kept.gates), "cells_ptr": present(kept.cells),
+        "normed_ptr": present(kept.normed), "rstd_ptr": present(kept.rstd),
         **strided("x", contiguous_rows(call.x), call.time), **strided("output", output, call.time),
     }  # fmt: skip
 
@@ -87,7 +92,7 @@ def backward_arguments(grad_output: Tensor | None, call: Call, kept: Kept, dx: T
     gates = {"gates_ptr": kept.gates, "gates_stride_t": B * width, "gates_stride_b": width}
     return {
         "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "cells_ptr": present(kept.cells),
-        "grad_clip": call.grad_clip,
+        "normed_ptr": present(kept.normed), "rstd_ptr": present(kept.rstd), "grad_clip": call.grad_clip,
         **(strided("gates", output, call.time) if reads_output(call) else gates),
         **strided("grad_output", None if grad_output is None else contiguous_rows(grad_output), call.time),
         **strided("output", output, call.time), **strided("dx", None if dx is dq else dx, call.time),
@@ -103,6 +108,13 @@ def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any], width
     given = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
     args = {name: given[name] for name in kernel.arg_names}
     return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, REGISTERS, chosen.num_stages)
+
+
+def empty_sums(call: Call) -> Tensor:
+    """Of each row, the gradients of LAYER_NORM, side by side; zeros."""
+    _, B, H = call.sizes
+    width = (2 * call.gates + 2 * call.has_c) * H if call.ln_weight is not None else 0
+    return call.x.new_zeros((B, width), dtype=torch.float32)
 
 
 def float_state(call: Call, initial: Tensor | None) -> Tensor:

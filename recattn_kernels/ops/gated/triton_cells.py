@@ -248,6 +248,18 @@ def to_float(tiles):
 
 
 @triton.jit
+def add_bias(q, bias_hh_ptr, n, H, units, FIRST: tl.constexpr):
+    """The products of the gates from FIRST on with their biases."""
+    if bias_hh_ptr is not None:
+        biased = ()
+        for g in tl.static_range(len(q)):
+            bias = tl.load(bias_hh_ptr + (FIRST + g) * H + n, mask=units, other=0.0)
+            biased += (q[g] + bias.to(tl.float32)[None, :],)
+        q = biased
+    return q
+
+
+@triton.jit
 def length_of(lengths_ptr, b, inside, T):
     """The number of steps that each row takes. (rows, 1)"""
     length = tl.zeros_like(b) + T

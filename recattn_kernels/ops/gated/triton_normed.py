@@ -1,4 +1,4 @@
-"""rnn, lstm and gru with layer normalisation in Triton: the launches, two a step.
+"""rnn, lstm and gru with layer normalisation in Triton, where one program cannot hold weight_hh: two launches a step.
 
 A row's gates are normalised together, by a program that has all of them: those of the largest rows take as many threads
 as a program may have, and what then does not fit in registers goes to memory.
@@ -20,7 +20,6 @@ from recattn_kernels.ops.gated.triton_arguments import (
     backward_arguments,
     float_state,
     forward_arguments,
-    present,
     step_launch,
 )
 from recattn_kernels.ops.gated.triton_normed_kernels import (
@@ -29,7 +28,6 @@ from recattn_kernels.ops.gated.triton_normed_kernels import (
     forward_normed_kernel,
     forward_product_kernel,
 )
-from recattn_kernels.strides import contiguous
 from recattn_kernels.triton_launch import Launch, Machine
 
 VALUES = 4  # of a tile for each thread
@@ -45,9 +43,7 @@ def row_config(call: Call, on: Machine) -> Config:
 
 def row_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
     chosen = row_config(call, on)
-    names = ("ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias")
-    norm = {f"{name}_ptr": contiguous(getattr(call, name)) for name in names}
-    given = arguments(call, chosen) | norm | {"i": 0} | own
+    given = arguments(call, chosen) | {"i": 0} | own
     args = {name: given[name] for name in kernel.arg_names}
     registers = min(REGISTERS, 2**16 // (32 * chosen.num_warps))
     grid = (triton.cdiv(call.sizes[1], chosen.rows),)
@@ -61,7 +57,6 @@ def forward_step(
     width = call.gates * call.sizes[2]
     own = forward_arguments(call, output, kept) | {
         "products_ptr": h.new_empty((h.shape[0], width)), "h_ptr": h, "c_ptr": c,
-        "normed_ptr": present(kept.normed), "rstd_ptr": present(kept.rstd),
     }  # fmt: skip
     return step_launch(forward_product_kernel, call, on, own, width), row_launch(forward_normed_kernel, call, on, own)
 
@@ -83,25 +78,19 @@ def backward_step(
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """The launches of the last step. dh, dc (B, H): where the gradients of the states are kept up to date."""
     own = backward_arguments(grad_output, call, kept, dx, dq) | {
-        "dh_ptr": dh, "dc_ptr": dc, "sums_ptr": sums, "normed_ptr": kept.normed, "rstd_ptr": kept.rstd,
+        "dh_ptr": dh, "dc_ptr": dc, "sums_ptr": sums,
     }  # fmt: skip
     return row_launch(backward_normed_kernel, call, on, own), step_launch(backward_product_kernel, call, on, own)
 
 
-def empty_sums(call: Call) -> Tensor:
-    """Of each row, the gradients of ln_weight, ln_bias, ln_c_weight and ln_c_bias, side by side; zeros."""
-    _, B, H = call.sizes
-    return float_state(call, None).new_zeros((B, (2 * call.gates + 2 * call.has_c) * H))
-
-
 def backward(
-    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor, on: Machine
-) -> None:
-    """All results but the gradient of weight_hh, which is a product with dq."""
+    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor, sums: Tensor,
+    on: Machine,
+) -> None:  # fmt: skip
+    """The gradients of x and of the initial states, dq, and sums: of each row, the gradients of the layer norm."""
     grad_output, grad_h_n, grad_c_n = grads
-    dx, _, dh0, dc0, dbias_hh, *dnorm = results
+    dx, _, dh0, dc0 = results[:4]
     dh, dc = float_state(call, grad_h_n), float_state(call, grad_c_n) if call.has_c else None
-    sums = empty_sums(call)
     launches = backward_step(grad_output, call, kept, dx, dq, dh, dc, sums, on)
     for i in range(call.sizes[0]):
         for launch in launches:
@@ -110,8 +99,13 @@ def backward(
         dh0.copy_(dh)
     if call.c0 is not None and dc is not None:
         dc0.copy_(dc)
+
+
+def parameter_gradients(sums: Tensor, call: Call, results: tuple[Tensor, ...]) -> None:
+    """The gradients of the layer norm, and of bias_hh, which is added where its bias is."""
+    dbias_hh, *dnorm = results[4:]
     found = sums.sum(0).split([gradient.numel() for gradient in dnorm])
     for gradient, value in zip(dnorm, found, strict=True):
         gradient.copy_(value)
     if call.bias_hh is not None:
-        dbias_hh.copy_(found[1])  # it is added where ln_bias is
+        dbias_hh.copy_(found[1])

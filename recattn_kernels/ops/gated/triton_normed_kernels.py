@@ -11,6 +11,7 @@ from functools import partial
 import triton.language as tl
 
 from recattn_kernels.ops.gated.triton_cells import (
+    add_bias,
     eights,
     length_of,
     load_keep,
@@ -32,7 +33,7 @@ from recattn_kernels.ops.gated.triton_normed_cells import (
     normed_backward,
     store_norm,
 )
-from recattn_kernels.ops.gated.triton_step_kernels import add_bias, add_products, add_through
+from recattn_kernels.ops.gated.triton_step_kernels import add_products, add_through
 from recattn_kernels.triton_launch import kernel
 
 
