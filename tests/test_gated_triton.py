@@ -16,7 +16,7 @@ from recattn_kernels import backends, conformance, gru, gru_step, lstm, lstm_ste
 OPS = ("rnn", "lstm", "gru")
 SAMPLES = (
     "plain", "wide", "one_element", "reset", "lengths", "zoneout_evaluation", "everything", "everything_reverse",
-    "everything_batch_first", "no_steps", "nan", "nan_past_the_end",
+    "everything_batch_first", "no_steps", "nan", "nan_past_the_end", "layer_norm_reverse",
 )  # fmt: skip
 ORIGINAL = ("everything", "everything_batch_first", "no_steps", "nan")
 

@@ -37,12 +37,14 @@ from recattn_kernels.ops.gated.triton_step_kernels import (
 from recattn_kernels.strides import contiguous
 from recattn_kernels.triton_launch import Launch, Machine, guard, machine
 
+FEW_ROWS = 4  # of a sequence kernel's program whose products take no matrix unit
+
 
 def sequence_config(call: Call) -> Config:
     _, _, H = call.sizes
     units = max(16, triton.next_power_of_2(H))
-    # Rows: the least that a matrix unit takes. Without one (float32) each is work of its own, and a few suffice.
-    rows = 4 if call.weight_hh.dtype == torch.float32 and precision(call.weight_hh) != "tf32" else 16
+    # Rows: the least that a matrix unit takes. Without one (float32) each is work of its own.
+    rows = FEW_ROWS if call.weight_hh.dtype == torch.float32 and precision(call.weight_hh) != "tf32" else 16
     return Config(rows, units, units, 4 if units <= 32 else 8)
 
 
@@ -60,8 +62,11 @@ def holds_weights(call: Call, on: Machine) -> bool:
     An estimate of what is fastest, as nothing has run on a GPU: large batches may be better off with the step kernels,
     whose blocks are larger, from smaller sizes on.
     """
-    units, weights = sequence_config(call).units, weight_bytes(call)
-    options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip, call.ln_weight)
+    chosen, weights = sequence_config(call), weight_bytes(call)
+    if call.ln_weight is not None and chosen.rows > FEW_ROWS:
+        return False  # the sums of the layer norm's gradients find no registers beside what matrix units are given
+    units = chosen.units
+    options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip)
     plain = all(option is None for option in options) and not any(call.mixing)
     roomy = weights <= LARGE or (plain and call.sizes[2] == units and call.weight_hh.element_size() == 2)
     # The weights pass through shared memory, and what is exchanged between the lanes in a step stays beside them.
@@ -71,7 +76,7 @@ def holds_weights(call: Call, on: Machine) -> bool:
 def sequence_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
     chosen = sequence_config(call)
     given = arguments(call, chosen) | own
-    given |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": False}
+    given |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": weight_bytes(call) <= LARGE}
     args = {name: given[name] for name in kernel.arg_names}
     return Launch(
         kernel, (triton.cdiv(call.sizes[1], chosen.rows),), args, chosen.num_warps * 32 // on.lanes, REGISTERS

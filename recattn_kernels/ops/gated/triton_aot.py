@@ -39,7 +39,11 @@ SOME = (
     Shape(BF16, F32, 511, "gated"),
 )
 OF_GRU_BEFORE = (SOME[2], SOME[3], SOME[4], SOME[6])  # the others show nothing that the gru's do not
-NORMED = (Shape(BF16, BF16, 512, "normed"), Shape(F32, F32, 1023, "normed", reverse=True, B=64))
+NORMED = {
+    "lstm": (Shape(F32, F32, 7, "normed"), Shape(BF16, BF16, 2048, "normed", B=64)),
+    "gru": (Shape(F32, F32, 511, "normed", reverse=True, B=64),),
+    "rnn_tanh": (Shape(F32, F32, 64, "normed"),),
+}
 ALL = tuple(
     Shape(x, weight_hh, hidden, options, reverse, B=B)
     for (x, weight_hh), hidden, options, reverse, B in itertools.product(
@@ -47,6 +51,10 @@ ALL = tuple(
         (False, True), (3, 32, 64),
     )
 )  # fmt: skip
+ALL_NORMED = tuple(
+    Shape(x, weight_hh, hidden, "normed", B=64)
+    for (x, weight_hh), hidden in itertools.product(((F32, F32), (BF16, BF16), (BF16, F32)), (7, 32, 50, 64, 511, 2048))
+)
 
 
 def machine(lanes: int) -> Machine:
@@ -95,7 +103,9 @@ def variants(cells: tuple[str, ...], lanes: int, full: bool) -> Variants:
     """Launches that cover the kernels; in full, every type, option and size that changes the code."""
     on = machine(lanes)
     for cell in cells:
-        for shape in ALL if full else OF_GRU_BEFORE if cell == "gru_before" else SOME:
+        before = cell == "gru_before"
+        normed = () if before else ALL_NORMED if full else NORMED.get(cell, ())
+        for shape in (*(ALL if full else OF_GRU_BEFORE if before else SOME), *normed):
             types = "-".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((shape.x, shape.weight_hh)))
             name = f"{cell}-{types}-{shape.hidden}-{shape.options}{'-reverse' * shape.reverse}-{shape.B}"
             for launch in itertools.chain(*example(cell, shape, on)):
@@ -107,8 +117,10 @@ def same(cells: tuple[str, ...], lanes: int) -> SameCompilation:
 
     None spans 2 GB: on AMD such a sequence, which 32-bit offsets do not reach, is a compilation of its own.
     """
-    for cell, hidden in itertools.product(cells, (64, 512)):
-        shape = Shape(BF16, BF16, hidden, "gated")
+    for cell, hidden, options in itertools.product(cells, (64, 512), ("gated", "normed")):
+        if options == "normed" and cell == "gru_before":
+            continue
+        shape = Shape(BF16, BF16, hidden, options)
         sizes = ((1, 1), (2, 1), (1, 16), (16, 16), (784, 8), (10_000, 13))
         calls = (example(cell, shape._replace(T=T, B=B), machine(lanes)) for T, B in sizes)
         yield [(*forward, *backward) for forward, backward in calls]
