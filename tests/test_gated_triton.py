@@ -47,6 +47,20 @@ def test_one_program_holds_the_weights(op: str, monkeypatch: pytest.MonkeyPatch)
     judge(conformance.compare(spec, sample, "triton", torch.float32))
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("op", OPS)
+def test_layer_norm_in_float32_beside_sixteen_bits(op: str) -> None:
+    """Of an x in bfloat16 with parameters in float32, the states' own gradients alone, and nothing kept."""
+    spec = registry.find(op)
+    sample = next(s for s in spec.samples if s.name == "layer_norm_reverse")
+    judge(conformance.compare(spec, sample, "triton", torch.bfloat16, mixed=True, used=[1]))
+    args, kwargs = spec.arguments(sample, torch.bfloat16, "cpu")
+    kept = conformance.tensors(spec.function(*args, **kwargs, backend="triton"))
+    with torch.no_grad():
+        found = conformance.tensors(spec.function(*args, **kwargs, backend="triton"))
+    torch.testing.assert_close(found, [x.detach() for x in kept], rtol=0, atol=0)
+
+
 def test_refusals() -> None:
     from recattn_kernels.ops.gated.contract import cuda_refusal, triton_refusal
     from recattn_kernels.ops.gru.api import normalise

@@ -1,7 +1,8 @@
 """rnn, lstm and gru in Triton: which kernels run a call, and what they are given.
 
 The products are taken in weight_hh's type and summed in float32. What has no dependence on time, the gradients of
-weight_hh and bias_hh, is left to torch, over all steps at once.
+weight_hh and bias_hh, is left to torch, over all steps at once; but the kernels sum those of a layer norm, whose bias
+has bias_hh's.
 """
 
 from __future__ import annotations

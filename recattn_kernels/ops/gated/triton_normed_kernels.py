@@ -139,7 +139,6 @@ def backward_normed_kernel(
     if CELL == "lstm":
         dc = tl.load(dc_ptr + column, mask=mask, other=0.0)
         c = state_before(cells_ptr, c0_ptr, t, size, b, H, n, column, length, mask, REVERSE)
-
     normed, rstd = load_norm(normed_ptr, rstd_ptr, t, b, n, B, H, mask, rows, GATES)
 
     norm_c = norm_of_c(ln_c_weight_ptr, ln_c_bias_ptr, n, H, units)
