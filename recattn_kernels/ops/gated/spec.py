@@ -117,7 +117,7 @@ class Samples:
         yield sample("nan_past_the_end", 7, 3, 5, x=random.past_the_end, lengths=[3, 0, 2], **usual)
         if variant.get("reset_after") is not False:
             yield sample("layer_norm", 7, 3, 33, **normed, **usual)
-            yield sample("layer_norm_everything", 8, 6, 17, **normed, **interrupted, **self.keep())
+            yield sample("layer_norm_everything", 11, 6, 17, **normed, **interrupted, **self.keep())
             yield sample("layer_norm_reverse", 11, 4, 9, **normed, **(interrupted | backwards), **zoneout,
                          grad_clip=0.5, smooth=False)  # fmt: skip
 
