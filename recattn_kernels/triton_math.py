@@ -94,6 +94,50 @@ def keep_inside(h, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def row_sum(tiles, units):
+    """The sum of each row over tiles (rows, n), of the units (n,) that there are. (rows, 1)"""
+    total = tiles[0]
+    for g in tl.static_range(1, len(tiles)):
+        total += tiles[g]
+    return tl.sum(tl.where(units[None, :], total, 0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
+def products_of(left, right):
+    """The products of the tiles of two tuples."""
+    products = ()
+    for g in tl.static_range(len(left)):
+        products += (left[g] * right[g],)
+    return products
+
+
+@triton.jit
+def normalise(tiles, units, count):
+    """Layer norm without scale and shift, of rows that are `count` units of the tiles: (v - mean) * rstd, and rstd."""
+    mean = row_sum(tiles, units) / count
+    centred = ()
+    for g in tl.static_range(len(tiles)):
+        centred += (tiles[g] - mean,)
+    variance = row_sum(products_of(centred, centred), units) / count
+    rstd = 1.0 / tl.sqrt(variance + 1e-5)
+    normed = ()
+    for g in tl.static_range(len(tiles)):
+        normed += (centred[g] * rstd,)
+    return normed, rstd
+
+
+@triton.jit
+def normalise_backward(d, normed, rstd, units, count):
+    """dL/dv from d = dL/dnormed: rstd * (d - mean(d) - normed * mean(d * normed))"""
+    mean = row_sum(d, units) / count
+    along = row_sum(products_of(d, normed), units) / count
+    dv = ()
+    for g in tl.static_range(len(d)):
+        dv += ((d[g] - mean - normed[g] * along) * rstd,)
+    return dv
+
+
+@triton.jit
 def add_to_sum(total, lost, part):
     """A sum over many steps: total + part, and what rounding has lost of it so far."""
     after = total + part

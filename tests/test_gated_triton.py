@@ -16,7 +16,7 @@ from recattn_kernels import backends, conformance, gru, gru_step, lstm, lstm_ste
 OPS = ("rnn", "lstm", "gru")
 SAMPLES = (
     "plain", "wide", "one_element", "reset", "lengths", "zoneout_evaluation", "everything", "everything_reverse",
-    "everything_batch_first", "no_steps", "nan", "nan_past_the_end",
+    "everything_batch_first", "no_steps", "nan", "nan_past_the_end", "layer_norm_reverse",
 )  # fmt: skip
 ORIGINAL = ("everything", "everything_batch_first", "no_steps", "nan")
 
@@ -47,6 +47,20 @@ def test_one_program_holds_the_weights(op: str, monkeypatch: pytest.MonkeyPatch)
     judge(conformance.compare(spec, sample, "triton", torch.float32))
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("op", OPS)
+def test_layer_norm_in_float32_beside_sixteen_bits(op: str) -> None:
+    """Of an x in bfloat16 with parameters in float32, the states' own gradients alone, and nothing kept."""
+    spec = registry.find(op)
+    sample = next(s for s in spec.samples if s.name == "layer_norm_reverse")
+    judge(conformance.compare(spec, sample, "triton", torch.bfloat16, mixed=True, used=[1]))
+    args, kwargs = spec.arguments(sample, torch.bfloat16, "cpu")
+    kept = conformance.tensors(spec.function(*args, **kwargs, backend="triton"))
+    with torch.no_grad():
+        found = conformance.tensors(spec.function(*args, **kwargs, backend="triton"))
+    torch.testing.assert_close(found, [x.detach() for x in kept], rtol=0, atol=0)
+
+
 def test_refusals() -> None:
     from recattn_kernels.ops.gated.contract import cuda_refusal, triton_refusal
     from recattn_kernels.ops.gru.api import normalise
@@ -54,7 +68,9 @@ def test_refusals() -> None:
     x, weight_hh, ones = torch.zeros(2, 3, 15), torch.zeros(15, 5), torch.ones(15)
     assert triton_refusal(normalise(x, weight_hh)) is None
     assert "float64" in str(triton_refusal(normalise(x.double(), weight_hh.double())))
-    assert "normalisation" in str(triton_refusal(normalise(x, weight_hh, layer_norm=(ones, ones))))
+    normed = normalise(x, weight_hh, layer_norm=(ones, ones))
+    assert triton_refusal(normed) is None
+    assert "normalisation" in str(cuda_refusal(normed))
     original = normalise(x, weight_hh, reset_after=False)
     assert triton_refusal(original) is None
     assert "reset_after" in str(cuda_refusal(original))

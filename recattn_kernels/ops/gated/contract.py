@@ -202,14 +202,14 @@ def triton_refusal(call: Call) -> str | None:
     """Why the Triton kernels cannot run the call."""
     if call.x.dtype == torch.float64:
         return "it has no float64 kernel"
-    if call.ln_weight is not None:
-        return "it has no layer normalisation, which needs all gates of a row at once"
     return None
 
 
 def cuda_refusal(call: Call) -> str | None:
     """Why the CUDA kernels cannot run the call: what Triton's cannot they cannot either, and weight_hh has to fit."""
     reason = triton_refusal(call)
+    if reason is None and call.ln_weight is not None:
+        reason = "it has no layer normalisation, which needs all gates of a row at once"
     if reason is None and call.cell == "gru_before":
         reason = "it has no reset_after=False, whose two products depend on each other"
     # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.

@@ -9,8 +9,10 @@ from recattn_kernels.ops.gated.contract import Call, Kept
 
 
 def q_gradient(call: Call, dx: Tensor) -> Tensor:
-    """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can."""
-    same = call.cell != "gru" and dx.dtype == call.weight_hh.dtype
+    """Where the gradient of q = W_hh h + bias_hh goes, in x's layout and weight_hh's type: dx itself where it can.
+
+    With a layer norm it is that of W_hh h."""
+    same = call.cell != "gru" and call.ln_weight is None and dx.dtype == call.weight_hh.dtype
     return dx if same else dx.new_empty(dx.shape, dtype=call.weight_hh.dtype)
 
 

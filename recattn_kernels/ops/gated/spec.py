@@ -42,7 +42,7 @@ class Samples:
             return (x, weight_hh), values
 
         normed, original = "layer_norm" in options, options.get("reset_after") is False
-        refused_by = ("triton", "cuda") if normed else ("cuda",) if original else ()
+        refused_by = ("cuda",) if normed or original else ()
         return Sample(name, make, finite, smooth, refused_by)
 
     def pair(self, make: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -1,28 +1,33 @@
-"""rnn, lstm and gru in Triton: which kernels run a call, their configurations, and what is compiled ahead of time.
+"""rnn, lstm and gru in Triton: which kernels run a call, and what they are given.
 
 The products are taken in weight_hh's type and summed in float32. What has no dependence on time, the gradients of
-weight_hh and bias_hh, is left to torch, over all steps at once.
+weight_hh and bias_hh, is left to torch, over all steps at once; but the kernels sum those of a layer norm, whose bias
+has bias_hh's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from recattn_kernels import backends
-from recattn_kernels.ops.gated.contract import (
-    KEPT,
-    Call,
-    Kept,
-    empty_backward,
-    empty_forward,
-    reads_output,
-)
+from recattn_kernels.ops.gated import triton_normed as normed
+from recattn_kernels.ops.gated.contract import Call, Kept, empty_backward, empty_forward
 from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
+from recattn_kernels.ops.gated.triton_arguments import (
+    REGISTERS,
+    Config,
+    arguments,
+    backward_arguments,
+    empty_sums,
+    float_state,
+    forward_arguments,
+    precision,
+    step_launch,
+)
 from recattn_kernels.ops.gated.triton_sequence_kernels import backward_sequence_kernel, forward_sequence_kernel
 from recattn_kernels.ops.gated.triton_step_kernels import (
     backward_reset_kernel,
@@ -30,53 +35,18 @@ from recattn_kernels.ops.gated.triton_step_kernels import (
     forward_reset_kernel,
     forward_step_kernel,
 )
-from recattn_kernels.strides import contiguous, contiguous_rows
-from recattn_kernels.triton_launch import Launch, Machine, guard, machine, strided
+from recattn_kernels.strides import contiguous
+from recattn_kernels.triton_launch import Launch, Machine, guard, machine
 
-
-class Config(NamedTuple):
-    rows: int
-    units: int
-    inner: int  # of a product at a time
-    num_warps: int  # of 32 lanes
-    num_stages: int = 1
-
-
-REGISTERS = 255
-# One product's blocks of a step kernel, by the bytes of a weight. The rows are those of the first line that has enough.
-STEP = {
-    2: (Config(16, 32, 64, 4, 3), Config(32, 32, 64, 4, 3), Config(64, 32, 64, 8, 3)),
-    4: (Config(16, 16, 32, 4, 3), Config(32, 32, 32, 8, 3)),
-}
-# Where rows of weights do not start at multiples of 16 bytes, and elements are loaded one by one.
-UNALIGNED_STEP = Config(16, 16, 32, 4)
-# The interpreter's, so small that the tests' samples are several blocks.
-INTERPRETER_STEP = Config(16, 16, 16, 4)
-
-
-def precision(weight_hh: Tensor) -> str:
-    """How float32 is multiplied: exactly, unless torch's own products are allowed TF32."""
-    if weight_hh.device.type == "cpu":
-        return "interpreted"
-    return "tf32" if weight_hh.dtype == torch.float32 and backends.allows_tf32() else "ieee"
+FEW_ROWS = 4  # of a sequence kernel's program whose products take no matrix unit
 
 
 def sequence_config(call: Call) -> Config:
     _, _, H = call.sizes
     units = max(16, triton.next_power_of_2(H))
-    # Rows: the least that a matrix unit takes. Without one (float32) each is work of its own, and a few suffice.
-    rows = 4 if call.weight_hh.dtype == torch.float32 and precision(call.weight_hh) != "tf32" else 16
+    # Rows: the least that a matrix unit takes. Without one (float32) each is work of its own.
+    rows = FEW_ROWS if call.weight_hh.dtype == torch.float32 and precision(call.weight_hh) != "tf32" else 16
     return Config(rows, units, units, 4 if units <= 32 else 8)
-
-
-def step_config(call: Call, on: Machine) -> Config:
-    _, B, H = call.sizes
-    if on.interpreted:
-        return INTERPRETER_STEP
-    if H % 8 != 0:
-        return UNALIGNED_STEP
-    table = STEP[call.weight_hh.element_size()]
-    return next((chosen for chosen in table if chosen.rows >= B), table[-1])
 
 
 LARGE = 2**16  # bytes of weights from which the sequence kernels are short of registers
@@ -93,7 +63,10 @@ def holds_weights(call: Call, on: Machine) -> bool:
     An estimate of what is fastest, as nothing has run on a GPU: large batches may be better off with the step kernels,
     whose blocks are larger, from smaller sizes on.
     """
-    units, weights = sequence_config(call).units, weight_bytes(call)
+    chosen, weights = sequence_config(call), weight_bytes(call)
+    if call.ln_weight is not None and chosen.rows > FEW_ROWS:
+        return False  # the sums of the layer norm's gradients find no registers beside what matrix units are given
+    units = chosen.units
     options = (call.reset, call.lengths, call.keep_h, call.keep_c, call.grad_clip)
     plain = all(option is None for option in options) and not any(call.mixing)
     roomy = weights <= LARGE or (plain and call.sizes[2] == units and call.weight_hh.element_size() == 2)
@@ -101,50 +74,14 @@ def holds_weights(call: Call, on: Machine) -> bool:
     return units <= 128 and roomy and weights * 9 // 8 + 2**13 <= on.shared
 
 
-def arguments(call: Call, chosen: Config) -> dict[str, Any]:
-    """What the kernels of both directions take."""
-    T, B, H = call.sizes
-    rate_h, rate_c = call.mixing
-    args = {
-        "weight_hh_ptr": call.weight_hh.contiguous(), "lengths_ptr": contiguous(call.lengths), "T": T, "B": B, "H": H,
-        "zoneout_h": rate_h or None, "zoneout_c": rate_c or None, "CELL": call.cell, "GATES": call.gates,
-        "KEPT": KEPT[call.cell], "REVERSE": call.reverse, "PRECISION": precision(call.weight_hh),
-        "BLOCK_B": chosen.rows, "BLOCK_H": chosen.units,
-    }  # fmt: skip
-    for name, mask in (("reset", call.reset), ("keep_h", call.keep_h), ("keep_c", call.keep_c)):
-        rows = mask if mask is None or name == "reset" else contiguous_rows(mask)
-        args |= strided(name, None if rows is None else rows.view(torch.uint8), call.time)
-    return args
-
-
-def forward_arguments(call: Call, output: Tensor, kept: Kept) -> dict[str, Any]:
-    """What both forward kernels take beside arguments()."""
-    return {
-        "bias_hh_ptr": contiguous(call.bias_hh), "gates_ptr": present(kept.gates), "cells_ptr": present(kept.cells),
-        **strided("x", contiguous_rows(call.x), call.time), **strided("output", output, call.time),
-    }  # fmt: skip
-
-
-def present(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() > 0 else None
-
-
 def sequence_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
     chosen = sequence_config(call)
-    args = arguments(call, chosen) | own
-    args |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": weight_bytes(call) <= LARGE}
+    given = arguments(call, chosen) | own
+    given |= {"EXACT": call.sizes[2] == chosen.units, "AHEAD": weight_bytes(call) <= LARGE}
+    args = {name: given[name] for name in kernel.arg_names}
     return Launch(
         kernel, (triton.cdiv(call.sizes[1], chosen.rows),), args, chosen.num_warps * 32 // on.lanes, REGISTERS
     )
-
-
-def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any]) -> Launch:
-    _, B, H = call.sizes
-    chosen = step_config(call, on)
-    grid = (triton.cdiv(B, chosen.rows), triton.cdiv(H, chosen.units))
-    given = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
-    args = {name: given[name] for name in kernel.arg_names}
-    return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, REGISTERS, chosen.num_stages)
 
 
 def forward_sequence(call: Call, output: Tensor, h_n: Tensor, c_n: Tensor, kept: Kept, on: Machine) -> Launch:
@@ -167,12 +104,6 @@ def forward_step(
     return tuple(step_launch(kernel, call, on, own) for kernel in kernels)
 
 
-def float_state(call: Call, initial: Tensor | None) -> Tensor:
-    """A float32 copy of a state (B, H), zeros without one, for the step kernels to work in."""
-    state = call.x.new_empty(call.sizes[1:], dtype=torch.float32)
-    return state.zero_() if initial is None else state.copy_(initial)
-
-
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     output, h_n, c_n, kept = empty_forward(call, keep)
     if h_n.numel() == 0:
@@ -181,6 +112,9 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     with guard(output):
         if holds_weights(call, on):
             forward_sequence(call, output, h_n, c_n, kept, on).run()
+            return output, h_n, c_n, kept
+        if call.ln_weight is not None:
+            normed.forward(call, output, h_n, c_n, kept, on)
             return output, h_n, c_n, kept
         states = float_state(call, call.h0).repeat(2, 1, 1)
         c = float_state(call, call.c0) if call.has_c else None
@@ -194,29 +128,16 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     return output, h_n, c_n, kept
 
 
-def backward_arguments(grad_output: Tensor | None, call: Call, kept: Kept, dx: Tensor, dq: Tensor) -> dict[str, Any]:
-    """What both backward kernels take beside arguments()."""
-    _, B, H = call.sizes
-    width = KEPT[call.cell] * H
-    output = contiguous_rows(call.x)
-    gates = {"gates_ptr": kept.gates, "gates_stride_t": B * width, "gates_stride_b": width}
-    return {
-        "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "cells_ptr": present(kept.cells),
-        "grad_clip": call.grad_clip,
-        **(strided("gates", output, call.time) if reads_output(call) else gates),
-        **strided("grad_output", None if grad_output is None else contiguous_rows(grad_output), call.time),
-        **strided("output", output, call.time), **strided("dx", None if dx is dq else dx, call.time),
-        **strided("dq", dq, call.time),
-    }  # fmt: skip
-
-
 def backward_sequence(
-    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor, on: Machine
-) -> Launch:
+    grads: Sequence[Tensor | None], call: Call, kept: Kept, results: tuple[Tensor, ...], dq: Tensor,
+    sums: Tensor | None, on: Machine,
+) -> Launch:  # fmt: skip
+    """sums: empty_sums(), with a layer norm."""
     grad_output, grad_h_n, grad_c_n = grads
     own = {
         "grad_h_n_ptr": contiguous(grad_h_n), "grad_c_n_ptr": contiguous(grad_c_n) if call.has_c else None,
         "grad_h0_ptr": None if call.h0 is None else results[2], "grad_c0_ptr": None if call.c0 is None else results[3],
+        "sums_ptr": sums,
     }  # fmt: skip
     own |= backward_arguments(grad_output, call, kept, results[0], dq)
     return sequence_launch(backward_sequence_kernel, call, on, own)
@@ -242,10 +163,12 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
         for result in results:
             result.zero_()
         return results
-    dq = q_gradient(call, dx)
+    dq, sums = q_gradient(call, dx), None if call.ln_weight is None else empty_sums(call)
     with guard(call.x):
         if holds_weights(call, on):
-            backward_sequence(grads, call, kept, results, dq, on).run()
+            backward_sequence(grads, call, kept, results, dq, sums, on).run()
+        elif sums is not None:
+            normed.backward(grads, call, kept, results, dq, sums, on)
         else:
             dh = float_state(call, grad_h_n)
             dc = float_state(call, grad_c_n) if call.has_c else None
@@ -258,7 +181,9 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
             if call.c0 is not None and dc is not None:
                 dc0.copy_(dc)
         weight_gradient(call, kept, dq, dweight_hh)
-        if call.bias_hh is not None:
+        if sums is not None:
+            normed.parameter_gradients(sums, call, results)
+        elif call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     return results
 

@@ -10,19 +10,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, sigmoid, tanh
+from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, normalise, sigmoid, tanh
 
 
 @triton.jit
-def cell_forward(x, q, h, c, CELL: tl.constexpr):
+def squash(c, norm_c):
+    """tanh(c), or tanh(LN(c)) of whole rows, norm_c: weight, bias, units, count. And what it normalised, rstd."""
+    normed, rstd = c, None
+    if norm_c is not None:
+        weight, bias, units, count = norm_c
+        tiles, rstd = normalise((c,), units, count)
+        normed = tiles[0]
+        c = normed * weight + bias
+    return tanh(c), normed, rstd
+
+
+@triton.jit
+def cell_forward(x, q, h, c, CELL: tl.constexpr, norm_c=None):
     """h', c' (c where the cell has none) and what the backward needs, from q = W_hh h + bias_hh. q: None where x has it
-    in it already, which the gru's cannot."""
+    in it already, which the gru's cannot. norm_c: squash()'s, the lstm's."""
     if CELL == "lstm":
         # c' = sigmoid(f) * c + sigmoid(i) * tanh(g);  h' = sigmoid(o) * tanh(c')
         i, f, g, o = x if q is None else (x[0] + q[0], x[1] + q[1], x[2] + q[2], x[3] + q[3])
         i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
         c = f * c + i * g
-        h = o * tanh(c)
+        y, _, _ = squash(c, norm_c)
+        h = o * y
         kept = (i, f, g, o)
     elif CELL == "gru":
         # r = sigmoid(x_r + q_r);  z = sigmoid(x_z + q_z);  n = tanh(x_n + r * q_n);  h' = (1 - z) * n + z * h
@@ -44,12 +57,17 @@ def cell_forward(x, q, h, c, CELL: tl.constexpr):
 
 
 @triton.jit
-def cell_backward(dh, dc, kept, h, c, CELL: tl.constexpr):
-    """dx, dq, and what reaches h and c other than through q, from dL/dh' and dL/dc'. h: the gru's; c: the lstm's."""
+def cell_backward(dh, dc, kept, h, c, CELL: tl.constexpr, squashed=None):
+    """dx, dq, and what reaches h and c other than through q, from dL/dh' and dL/dc'. h: the gru's; c: the lstm's.
+    squashed: with a layer norm of c', tanh of it and what reaches c' through it."""
     if CELL == "lstm":
         i, f, g, o = kept
-        y = tanh(f * c + i * g)
-        dc += dh * o * (1.0 - y * y)
+        if squashed is None:
+            y = tanh(f * c + i * g)
+            dc += dh * o * (1.0 - y * y)
+        else:
+            y, through = squashed
+            dc += through
         dx = (dc * g * i * (1.0 - i), dc * c * f * (1.0 - f), dc * i * (1.0 - g * g), dh * y * o * (1.0 - o))
         dq = dx
         dh = tl.zeros_like(dh)
@@ -109,11 +127,13 @@ def zoneout_backward(d, keep, rate):
 
 
 @triton.jit
-def step_forward(x, q, h_state, c_state, proceeds, valid, keep_h, keep_c, rate_h, rate_c, CELL: tl.constexpr):
+def step_forward(
+    x, q, h_state, c_state, proceeds, valid, keep_h, keep_c, rate_h, rate_c, CELL: tl.constexpr, norm_c=None
+):
     """What is output, the states after the step and what is kept. proceeds: rows whose state was not reset (rows, 1);
     valid: rows that take the step."""
     h, c = tl.where(proceeds, h_state, 0.0), tl.where(proceeds, c_state, 0.0)
-    h_new, c_new, kept = cell_forward(x, q, h, c, CELL)
+    h_new, c_new, kept = cell_forward(x, q, h, c, CELL, norm_c)
     h_new = zoneout(h, h_new, keep_h, rate_h)
     c_new = zoneout(c, c_new, keep_c, rate_c)
     h_state, c_state = tl.where(valid, h_new, h_state), tl.where(valid, c_new, c_state)
@@ -126,15 +146,29 @@ def step_backward(
 ):
     """dx, dq, and the gradients of the states before the step without that through q, from those of the ones after it.
     h, c: the states before the step; dy: may be None."""
-    dh_new, dc_new = dh, dc
+    old, new = arrive(dy, dh, dc, keep_h, keep_c, rate_h, rate_c, grad_clip)
+    return leave(dh, dc, old, new, kept, h, c, proceeds, valid, CELL)
+
+
+@triton.jit
+def arrive(dy, dh, dc, keep_h, keep_c, rate_h, rate_c, grad_clip):
+    """Of step_backward, what reaches the old h and c by zoneout, and the new ones."""
     if dy is not None:
-        dh_new += dy
+        dh += dy
     if grad_clip is not None:
-        dh_new, dc_new = clamp_symmetric(dh_new, grad_clip), clamp_symmetric(dc_new, grad_clip)
-    dh_old, dh_new = zoneout_backward(dh_new, keep_h, rate_h)
-    dc_old, dc_new = zoneout_backward(dc_new, keep_c, rate_c)
+        dh, dc = clamp_symmetric(dh, grad_clip), clamp_symmetric(dc, grad_clip)
+    dh_old, dh_new = zoneout_backward(dh, keep_h, rate_h)
+    dc_old, dc_new = zoneout_backward(dc, keep_c, rate_c)
+    return (dh_old, dc_old), (dh_new, dc_new)
+
+
+@triton.jit
+def leave(dh, dc, old, new, kept, h, c, proceeds, valid, CELL: tl.constexpr, squashed=None):
+    """Of step_backward, what follows arrive()."""
+    dh_old, dc_old = old
+    dh_new, dc_new = new
     h, c = tl.where(proceeds, h, 0.0), tl.where(proceeds, c, 0.0)
-    dx, dq, dh_cell, dc_cell = cell_backward(dh_new, dc_new, kept, h, c, CELL)
+    dx, dq, dh_cell, dc_cell = cell_backward(dh_new, dc_new, kept, h, c, CELL, squashed)
     if CELL == "lstm":
         dc = tl.where(valid, tl.where(proceeds, dc_old + dc_cell, 0.0), dc)
     dh = tl.where(valid, tl.where(proceeds, dh_old + dh_cell, 0.0), dh)
@@ -211,6 +245,18 @@ def to_float(tiles):
     for g in tl.static_range(len(tiles)):
         converted += (tiles[g].to(tl.float32),)
     return converted
+
+
+@triton.jit
+def add_bias(q, bias_hh_ptr, n, H, units, FIRST: tl.constexpr):
+    """The products of the gates from FIRST on with their biases."""
+    if bias_hh_ptr is not None:
+        biased = ()
+        for g in tl.static_range(len(q)):
+            bias = tl.load(bias_hh_ptr + (FIRST + g) * H + n, mask=units, other=0.0)
+            biased += (q[g] + bias.to(tl.float32)[None, :],)
+        q = biased
+    return q
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.ops.gated.triton_cells import (
+    add_bias,
     eights,
     length_of,
     load_keep,
@@ -57,18 +58,6 @@ def add_products(
             added += (product(state, weight, sums[g], PRECISION),)
         sums = added
     return sums
-
-
-@triton.jit
-def add_bias(q, bias_hh_ptr, n, H, units, FIRST: tl.constexpr):
-    """The products of the gates from FIRST on with their biases."""
-    if bias_hh_ptr is not None:
-        biased = ()
-        for g in tl.static_range(len(q)):
-            bias = tl.load(bias_hh_ptr + (FIRST + g) * H + n, mask=units, other=0.0)
-            biased += (q[g] + bias.to(tl.float32)[None, :],)
-        q = biased
-    return q
 
 
 @triton.jit
