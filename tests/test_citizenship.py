@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from recattn_kernels import BackendUnavailableError, backends
 from recattn_kernels.registry import OPS
@@ -79,6 +80,31 @@ def test_third_derivative_equals_the_references(spec: OpSpec, sample: Sample, ba
             value = sum((g * g).sum() for g in grads)
         results.append(torch.autograd.grad(value, function.inputs))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("clip", [0.3, 2.0])
+def test_second_derivative_over_a_clip(clip: float) -> None:
+    """Samples that clip are not smooth. What reaches a state by act'(state) is not clamped."""
+    spec = next(spec for spec in OPS if spec.name == "indrnn")
+    sample = next(sample for sample in spec.samples if sample.name == "everything")
+    results = []
+    for backend in ("reference", "cpp"):
+        function = AsFunction(spec, sample, backend=backend, grad_clip=clip, activation="tanh")
+        grads = torch.autograd.grad(
+            sum(o.sum() for o in function(*function.inputs)), function.inputs, create_graph=True
+        )
+        results.append(torch.autograd.grad(sum((g * g).sum() for g in grads), function.inputs))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("spec", "sample"), FULL)
+def test_checkpointed(spec: OpSpec, sample: Sample) -> None:
+    """Saved tensors are read once: whoever gives them may compute them anew for it."""
+    function = AsFunction(spec, sample, torch.float32)
+    results = []
+    for call in (function, lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)):
+        results.append(torch.autograd.grad(sum(o.sum() for o in call(*function.inputs)), function.inputs))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("spec", "sample"), FULL)

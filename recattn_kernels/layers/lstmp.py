@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recattn_kernels import backends
 from recattn_kernels.ops import sequence
-from recattn_kernels.ops.sequence import compute_dtype, no_steps, recurrent, walk, zeros
+from recattn_kernels.ops.sequence import after_no_steps, compute_dtype, no_steps, recurrent, walk, zeros
 
 
 def _refusal(call: Any) -> str:
@@ -57,7 +57,7 @@ def lstmp(
     norm = (None, None, None, None) if layer_norm is None else layer_norm
     if x.shape[1 if batch_first else 0] == 0:
         output = no_steps(x, P, (weight_hh, weight_hr, h0, c0, bias_hh, *norm))
-        return output, (h.to(h_n_dtype).clone(), c.to(c_n_dtype).clone())
+        return output, (after_no_steps(h, output).to(h_n_dtype), after_no_steps(c, output).to(c_n_dtype))
     product, projection = recurrent(weight_hh, bias_hh, norm, dtype), recurrent(weight_hr, None, (None, None), dtype)
     weight_c, bias_c = norm[2:]
 

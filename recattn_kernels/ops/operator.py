@@ -136,7 +136,8 @@ def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            inputs, saved = ctx.saved_tensors[: op.inputs], ctx.saved_tensors[op.inputs :]
+            kept = ctx.saved_tensors  # once: reading them may compute them anew, as checkpoint() does
+            inputs, saved = kept[: op.inputs], kept[op.inputs :]
             needs, grads = list(ctx.needs_input_grad[1 : 1 + op.inputs]), grads[: op.outputs]
             results: Results
             if all(g is None for g in grads):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels.ops.sequence import compute_dtype, no_steps, recurrent, walk, zeros
+from recattn_kernels.ops.sequence import after_no_steps, compute_dtype, no_steps, recurrent, walk, zeros
 
 
 def gru(
@@ -32,7 +32,8 @@ def gru(
     h = zeros(x.to(dtype), H, batch_first) if h0 is None else h0.to(dtype)
     h_n_dtype = x.dtype if h0 is None else h0.dtype
     if x.shape[1 if batch_first else 0] == 0:
-        return no_steps(x, H, (weight_hh, h0, bias_hh, *layer_norm)), h.to(h_n_dtype).clone()
+        output = no_steps(x, H, (weight_hh, h0, bias_hh, *layer_norm))
+        return output, after_no_steps(h, output).to(h_n_dtype)
 
     if reset_after:
         product = recurrent(weight_hh, bias_hh, layer_norm, dtype)

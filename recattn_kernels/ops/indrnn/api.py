@@ -64,26 +64,32 @@ class _Indrnn(torch.autograd.Function):
     """Saves output and the parameters, not x: the backward reads nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor | None, ...]:
         output, h_n = run(*args)
         _, *tensors = args[:6]
-        ctx.save_for_backward(output, *tensors)
+        # An output of its own, in the same memory: see indrnn_backward.
+        unclipped = None if Call(*args[:-1]).grad_clip is None else output.detach()
+        ctx.save_for_backward(output, *tensors, unclipped)
         ctx.options = args[6:]
         ctx.set_materialize_grads(False)
-        return output, h_n
+        return output, h_n, unclipped
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        args = (*ctx.saved_tensors, *ctx.options)
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_unclipped: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, unclipped = ctx.saved_tensors
+        args = (*tensors, *ctx.options)
         grads: tuple[Tensor | None, ...]
-        if grad_output is None and grad_h_n is None:
+        if grad_output is None and grad_h_n is None and grad_unclipped is None:
             grads = (None, None, None, None)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or grad_unclipped is not None:
             # create_graph=True: the reference's formula, in output and the parameters, can be differentiated again.
             call = Call(*args[:-1])
             grads = reference.indrnn_backward(
-                grad_output, grad_h_n, call.x, call.weight_hh, call.h0, **call.definition()
-            )
+                grad_output, grad_h_n, call.x, call.weight_hh, call.h0, **call.definition(),
+                unclipped=unclipped, grad_unclipped=grad_unclipped,
+            )  # fmt: skip
         elif backends.dispatches(grad_output, grad_h_n, *args[:6]):
             grads = torch.ops.recattn_kernels.indrnn_backward.default(grad_output, grad_h_n, *args)
         else:
@@ -94,7 +100,7 @@ class _Indrnn(torch.autograd.Function):
 
 
 # Function.apply in Python serves functorch, under whose transforms no call comes here; the rest of it is in C.
-_differentiable: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Indrnn).apply
+_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = super(torch.autograd.Function, _Indrnn).apply
 
 
 def _needs_grad(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -114,7 +120,7 @@ def _below_autograd(*args: Any) -> Any:
 
 
 def _autograd(*args: Any) -> Any:
-    return _differentiable(_below_autograd, *args) if _needs_grad(*args[:4]) else _below_autograd(*args)
+    return _differentiable(_below_autograd, *args)[:2] if _needs_grad(*args[:4]) else _below_autograd(*args)
 
 
 # At the op's Autograd key rather than around the op: torch.compile and torch.export then see one op with a derivative.
@@ -198,7 +204,7 @@ def indrnn(
     if backends.dispatches(*call[:6]):
         output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
     elif _needs_grad(*call[:4]):
-        output, h_n = _differentiable(contract.forward, *call, backend)
+        output, h_n, _ = _differentiable(contract.forward, *call, backend)
     else:
         output, h_n = contract.forward(*call, backend)
     return output, h_n

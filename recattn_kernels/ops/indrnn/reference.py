@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recattn_kernels.ops.sequence import compute_dtype, valid_steps, walk
+from recattn_kernels.ops.sequence import after_no_steps, compute_dtype, valid_steps, walk
 
 
 def clamp(v: Tensor, low: float, high: float) -> Tensor:
@@ -66,7 +66,8 @@ def indrnn(
     h_n_dtype = x.dtype if h0 is None else h0.dtype
     if x.shape[1 if batch_first else 0] == 0:
         # Nothing to compute, but every input keeps a gradient (of zeros).
-        return (v * u).to(x.dtype), h.to(h_n_dtype).clone()
+        output = (v * u).to(x.dtype)
+        return output, after_no_steps(h, output).to(h_n_dtype)
     output, (h_n,) = walk(
         lambda v_t, states: (act(v_t + u * states[0], negative_slope),), v, (h,),
         reset=reset, lengths=lengths, reverse=reverse, batch_first=batch_first, grad_clip=grad_clip,
@@ -89,12 +90,16 @@ def indrnn_backward(
     reverse: bool = False,
     batch_first: bool = False,
     grad_clip: float | None = None,
+    unclipped: Tensor | None = None,
+    grad_unclipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight_hh, h0 and bias, from output alone: x is not needed.
 
     g[t] = clip(dy[t] + weight_hh * g[t+1]) * act'(h[t]);  dx = g;  dweight_hh = sum g[t] * h[t-1];  dbias = sum g
 
-    It is differentiable itself, output included, which is how the fused backends get their second derivatives.
+    It is differentiable itself, output included, which is how the fused backends get their second derivatives. What
+    then reaches h[t] through act'(h[t]) is not clamped: unclipped is output as it is before the clip, from where it is
+    added as grad_unclipped.
     """
     time = 1 if batch_first else 0
     T, B, H = output.shape[time], output.shape[1 - time], output.shape[2]
@@ -104,6 +109,8 @@ def indrnn_backward(
     start = zeros if h0 is None else h0.to(dtype)
     flow = zeros if grad_h_n is None else grad_h_n.to(dtype)  # dL/dh[t] from later steps
     dy = None if grad_output is None else grad_output.to(dtype).unbind(time)
+    extra = None if grad_unclipped is None else grad_unclipped.to(dtype).unbind(time)
+    activated = (output if unclipped is None else unclipped).to(dtype).unbind(time)
     h = output.to(dtype).unbind(time)
     valid = valid_steps(output, lengths, time)
     resets = None if reset is None else reset.unsqueeze(-1).unbind(time)
@@ -120,7 +127,9 @@ def indrnn_backward(
         dh = flow if dy is None else dy[t] + flow
         if grad_clip is not None:
             dh = dh.clamp(-grad_clip, grad_clip)
-        g = dh * DERIVATIVES[activation](h[t], negative_slope)
+        if extra is not None:
+            dh = dh + extra[t]
+        g = dh * DERIVATIVES[activation](activated[t], negative_slope)
         to_prev = u * g if resets is None else torch.where(resets[t], 0.0, u * g)
         du_t = g * h_prev
         if valid is None:

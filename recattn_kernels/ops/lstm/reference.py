@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels.ops import sequence
-from recattn_kernels.ops.sequence import compute_dtype, no_steps, recurrent, walk, zeros
+from recattn_kernels.ops.sequence import after_no_steps, compute_dtype, no_steps, recurrent, walk, zeros
 
 
 def lstm(
@@ -32,7 +32,7 @@ def lstm(
     h_n_dtype, c_n_dtype = (x.dtype if s is None else s.dtype for s in (h0, c0))
     if x.shape[1 if batch_first else 0] == 0:
         output = no_steps(x, H, (weight_hh, h0, c0, bias_hh, *layer_norm))
-        return output, h.to(h_n_dtype).clone(), c.to(c_n_dtype).clone()
+        return output, after_no_steps(h, output).to(h_n_dtype), after_no_steps(c, output).to(c_n_dtype)
     product = recurrent(weight_hh, bias_hh, layer_norm, dtype)
     weight_c, bias_c = layer_norm[2:]
 
