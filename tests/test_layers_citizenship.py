@@ -178,6 +178,27 @@ def test_meta_device(case: Case) -> None:
     assert [(t.shape, t.dtype) for t in on_meta] == [(t.shape, t.dtype) for t in on_cpu]
 
 
+@every_layer
+def test_a_batch_of_gradients(case: Case) -> None:
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    if case.name in ("RNN", "LSTM", "GRU", "AdditiveAttention", "SlotAttention"):
+        inputs = tuple(t.repeat(1, 8, 1) for t in inputs) if case.name[-1] in "NMU" else inputs
+    outputs = [t for t in tensors(layer(*inputs)) if t.requires_grad]
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    if not outputs:
+        pytest.skip("the layer has no parameters")
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(2, *t.shape, generator=generator) for t in outputs]
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(outputs, parameters, grads, is_grads_batched=True, **options)
+    for i in range(2):
+        expected = torch.autograd.grad(outputs, parameters, [g[i] for g in grads], **options)
+        for one, other in zip(found, expected, strict=True):  # torch's products beside ours
+            torch.testing.assert_close(one[i], other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
+
+
 def documented(layer: Any, name: str) -> Distribution | float | str:
     """Where the parameter or buffer of that name starts, by the layer's docstring."""
     path, _, own = name.rpartition(".")

@@ -56,6 +56,9 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: torch's can be differentiated again
             view = x.view_as(x)
             return torch.autograd.grad(_plain(view, ctx.eps), view, grad, create_graph=True)[0], None
+        if backends.dispatches(grad):  # a batch of gradients
+            along = (grad * y).mean(-1, keepdim=True)
+            return (grad - grad.mean(-1, keepdim=True) - y * along) * rstd.unsqueeze(-1), None
         grad = grad.contiguous()
         dx = torch.empty_like(y)
         _run(y, ctx.eps, (0, y.data_ptr(), rstd.data_ptr(), grad.data_ptr(), dx.data_ptr()))

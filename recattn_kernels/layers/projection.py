@@ -49,7 +49,8 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        product, total = (torch.matmul, _sum) if torch.is_grad_enabled() else (matmul, column_sum)
+        plain = torch.is_grad_enabled() or backends.dispatches(grad)  # create_graph=True; a batch of gradients
+        product, total = (torch.matmul, _sum) if plain else (matmul, column_sum)
         return (
             product(grad, weight) if ctx.needs_input_grad[0] else None,
             product(grad.t(), x) if ctx.needs_input_grad[1] else None,
