@@ -97,6 +97,23 @@ def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) ->
     assert len(vendor) == 3 * faster + 1  # the reference is all that is left
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_vendor_is_refused_under_a_transform(name: str) -> None:
+    layer = LAYERS[name](D, H, backend="vendor")
+    message = f"^{name}: backend 'vendor' cannot run this call: only the reference runs under a functorch transform"
+    with pytest.raises(BackendUnavailableError, match=message):
+        torch.func.grad(lambda x: layer(x)[0].sum())(torch.randn(5, 2, D))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_steps_leave_gradients(name: str, backend: str) -> None:
+    layer = LAYERS[name](D, H, backend=backend)
+    _, last = layer(torch.zeros(0, 2, D, requires_grad=True))
+    grads = torch.autograd.grad(sum(s.sum() for s in flat(last)), list(layer.parameters()), allow_unused=True)
+    assert all(g is None or not g.any() for g in grads) and any(g is not None for g in grads)
+
+
 def test_empty_sequences_run_on_ours() -> None:
     for cls in LAYERS.values():
         layer = cls(D, H, 2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from test_layers_cells import CELLS
 from test_layers_gated import LAYERS, D, H, flat, loss_of, make_states, results_and_grads
 from torch import Tensor, nn
 
@@ -115,10 +117,27 @@ def test_autocast(name: str, layer_norm: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output, last = layer(x, hx)
         again, _ = layer(x, last)  # a state under autocast is what the next call gets
-    assert {t.dtype for t in (output, again, *flat(last))} == {torch.bfloat16}
+    assert {t.dtype for t in (output, again, *flat(last))} == {torch.float32 if name == "GRU" else torch.bfloat16}
     (output.float().sum() + again.float().sum()).backward()
     assert {p.grad.dtype for p in (x, *layer.parameters())} == {torch.float32}
     torch.testing.assert_close(output.float(), layer(x, hx)[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [*LAYERS.values(), *CELLS.values()])
+def test_autocast_gives_torchs_dtypes(cls: Any, dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
+    """On every backend: whether a call is left to torch.nn must not show."""
+    theirs = cls._vendor(D, H)
+    for backend, T, grad in itertools.product((None, "reference"), (2, 30), (False, True)):
+        layer = cls(D, H, backend=backend)
+        of_cell = issubclass(cls, nn.RNNCellBase)
+        x = torch.randn(*(() if of_cell else (T,)), 3, D).to(dtype)
+        state = None if state_dtype is None else torch.zeros(*(() if of_cell else (1,)), 3, H, dtype=state_dtype)
+        hx = (state, state) if state is not None and "LSTM" in cls.__name__ else state
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            found, expected = flat(layer(x, hx)), flat(theirs(x, hx))
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
 def test_sixteen_bit_parameters() -> None:

@@ -175,8 +175,9 @@ class RNN(Layer, nn.RNN):
 
     Returns: output and h_n, as torch.nn.RNN.
 
-    Under autocast the states take the dtype of output. Inside a function given to torch.compile, every torch.nn.RNN
-    breaks the graph unless torch._dynamo.config.allow_rnn is set, and so this one.
+    Under autocast the results have the dtypes of torch.nn's: 16 bits, but float32 in a GRU on a CPU. Inside a function
+    given to torch.compile, every torch.nn.RNN breaks the graph unless torch._dynamo.config.allow_rnn is set, and so
+    this one.
 
     Raises:
         What torch.nn.RNN raises where it checks; ValueError, TypeError otherwise, naming the argument.
@@ -269,3 +270,4 @@ class GRU(Layer, nn.GRU):
 
     _op = "gru"
     _vendor = nn.GRU
+    _promotes = True

@@ -40,6 +40,8 @@ class Gated(nn.Module):
 
     _op: ClassVar[str]
     _vendor: ClassVar[type[nn.Module]]  # the class of torch.nn
+    # Under autocast on a CPU torch.nn's adds the 16-bit gates to a state that stays float32, as input is.
+    _promotes: ClassVar[bool] = False
 
     input_size: int
     hidden_size: int
@@ -129,7 +131,8 @@ class Gated(nn.Module):
         """
         if type(module) is not cls._vendor:
             raise TypeError(
-                f"{cls._vendor.__name__}: module must be a torch.nn.{cls._vendor.__name__}, got {type(module).__name__}"
+                f"{cls._vendor.__name__}: module must be a torch.nn.{cls._vendor.__name__},"
+                f" got {type(module).__module__}.{type(module).__qualname__}"
             )
         return _rebuilt(cls, module)
 
@@ -172,6 +175,10 @@ class Gated(nn.Module):
                 extras.remove("grad_clip")
         extras += called_with
         if name == "vendor":
+            if backends.under_transform():
+                raise backends.BackendUnavailableError(
+                    f"{self._vendor.__name__}: backend 'vendor' cannot run this call: {backends.UNDER_TRANSFORM}"
+                )
             if extras:
                 raise backends.BackendUnavailableError(
                     f"{self._vendor.__name__}: backend 'vendor' cannot run this call: torch.nn has no"
@@ -212,6 +219,7 @@ class Gated(nn.Module):
         def parameter(name: str) -> Any:
             return getattr(self, name + suffix)
 
+        source = x.dtype
         weight_hh = parameter("weight_hh")
         if self.recurrent_dropout > 0:
             weight_hh = F.dropout(weight_hh, self.recurrent_dropout, self.training)
@@ -231,8 +239,11 @@ class Gated(nn.Module):
             x = sequence.layer_norm(x, parameter("ln_ih_weight"), bias).to(x.dtype)  # autocast returns float32
         else:
             x = project(x, parameter("weight_ih"), b_ih)
-        if states is not None and autocasts(x):
-            states = tuple(s.to(x.dtype) for s in states)
+        if autocasts(x):
+            if self._promotes and x.device.type == "cpu" and x.dtype != (source if states is None else states[0].dtype):
+                x = x.float()
+            if states is not None:
+                states = tuple(s.to(x.dtype) for s in states)
 
         options: dict[str, Any] = {
             "bias_hh": b_hh, "layer_norm": norm, "zoneout": self.zoneout, "training": self.training,

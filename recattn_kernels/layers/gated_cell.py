@@ -98,6 +98,7 @@ class LSTMCell(Cell, nn.LSTMCell):
 
     _op = "lstm"
     _vendor = nn.LSTMCell
+    _promotes = True
 
 
 class GRUCell(Cell, nn.GRUCell):
@@ -121,3 +122,4 @@ class GRUCell(Cell, nn.GRUCell):
 
     _op = "gru"
     _vendor = nn.GRUCell
+    _promotes = True
