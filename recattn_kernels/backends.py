@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -110,7 +111,7 @@ def machine_refusal(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on tensors of this kind of device on this machine, whatever the op."""
     if backend == "cpp":
         if device_type != "cpu":
-            return f"it runs on the CPU, x is on {device_type}"
+            return f"it runs on the CPU, its input is on {device_type}"
         loaded = extension("_cpu")
         return loaded if isinstance(loaded, str) else None
     if backend == "triton":
@@ -118,10 +119,10 @@ def machine_refusal(backend: str, device_type: str) -> str | None:
             return missing
         if device_type == "cuda" or (device_type == "cpu" and interpreting()):
             return None
-        return f"it runs on a GPU, x is on {device_type}"
+        return f"it runs on a GPU, its input is on {device_type}"
     if backend == "cuda":
         if device_type != "cuda":
-            return f"it runs on an NVIDIA GPU, x is on {device_type}"
+            return f"it runs on an NVIDIA GPU, its input is on {device_type}"
         if torch.version.hip is not None:
             return "it runs on an NVIDIA GPU, this torch is built for ROCm"
         loaded = extension("_cuda")
@@ -165,6 +166,10 @@ def dispatches(*inputs: Tensor | None) -> bool:
 
 # Op
 
+UNDER_TRANSFORM = (
+    "only the reference runs under a functorch transform or forward-mode AD, and auto takes it there by itself"
+)
+
 # The fused backends of an op, the one that auto prefers first, each with its refusal.
 Table = Mapping[str, Callable[[Any], str | None]]
 
@@ -183,9 +188,7 @@ def refusal(backend: str, table: Table, call: Any) -> str | None:
         return "the op has no such backend"
     reason = machine_refusal(backend, call.x.device.type)
     if reason is None and under_transform():
-        reason = (
-            "only the reference runs under a functorch transform or forward-mode AD, and auto takes it there by itself"
-        )
+        reason = UNDER_TRANSFORM
     return table[backend](call) if reason is None else reason
 
 
@@ -222,15 +225,19 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     Takes an op's name and then what its function takes:
 
         >>> recattn_kernels.explain("indrnn", x, weight_hh)
-        {'reference': None, 'vendor': "torch's own ...", 'cpp': None, 'triton': 'it runs on a GPU, x is on cpu', ...}
+        {'reference': None, 'vendor': "torch's own ...", 'cpp': None, 'triton': 'it runs on a GPU, its input ...', ...}
 
     Returns {backend: reason or None} with every named backend. Raises what the op itself would raise for arguments that
     no backend takes, and ValueError for an unknown op.
     """
-    names = [spec.name for spec in importlib.import_module("recattn_kernels.registry").OPS]
-    if op not in names:
-        raise ValueError(f"explain: op must be one of {', '.join(names)}, got {op!r}")
+    functions = {spec.name: spec.function for spec in importlib.import_module("recattn_kernels.registry").OPS}
+    if op not in functions:
+        raise ValueError(f"explain: op must be one of {', '.join(functions)}, got {op!r}")
     kwargs.pop("backend", None)
+    try:
+        inspect.signature(functions[op]).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op}: {error}") from None
     call = load(op, "api").normalise(*args, **kwargs)
     table = load(op, "contract").BACKENDS
     return {backend: refusal(backend, table, call) for backend in NAMES if backend != "auto"}

@@ -24,6 +24,8 @@ def _dtypes(dtypes: Sequence[torch.dtype]) -> str:
 def tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense Tensor, got {value.layout}")
 
 
 def rank(op: str, name: str, value: Tensor, symbols: str) -> None:
@@ -136,6 +138,8 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
             raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
         value = torch.tensor(value, dtype=torch.int64)
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {type(value).__name__}")
     tensor(op, "lengths", value)
     result: Tensor = value
     dtype(op, "lengths", result, (torch.int64,))

@@ -226,7 +226,10 @@ def test_bad_arguments_of_the_layers() -> None:
         (lambda: attention(query, keys[0]), ValueError, "AdditiveAttention: keys must be (B, N, key_dim), got (5, 6)"),
         (lambda: attention(query, None), ValueError, "AdditiveAttention: keys or projected must be given"),
         (lambda: attention(query, None, projected=torch.randn(B, N, 4)), ValueError, "AdditiveAttention: keys or val"),
-        (lambda: attention(query, keys[:2]), ValueError, "additive_attention: keys must be (B, N, A) = (3, 5, 4), got"),
+        (lambda: attention(query, keys[:2]), ValueError, "AdditiveAttention: keys must be (B, N, ...) with B = 3, got"),
+        (lambda: attention(query, keys, projected=keys), ValueError, "AdditiveAttention: projected must be (B, N, at"),
+        (lambda: attention(query.double(), keys), TypeError, "AdditiveAttention: query must be float32, got float64"),
+        (lambda: attention(query, keys.double()), TypeError, "AdditiveAttention: keys must be float32, got float64"),
         (lambda: AttentionLSTMCell(3, 7, 6, 4, gate=1), TypeError, "AttentionLSTMCell: gate must be a bool, got 1"),
         (lambda: cell(query, state, keys), ValueError, "AttentionLSTMCell: input must be (B, input_size) with input_s"),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from recattn_kernels import BackendUnavailableError, backends, explain, indrnn, 
 X, U = torch.randn(4, 3, 5), torch.rand(5)
 CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": [1.0]}, TypeError, "indrnn: x must be a Tensor, got list"),
+    ({"x": X.to_sparse()}, TypeError, "indrnn: x must be a dense Tensor, got torch.sparse_coo"),
     ({"x": X[0]}, ValueError, "indrnn: x must be (T, B, H), got (3, 5)"),
     ({"x": X[0], "batch_first": True}, ValueError, "indrnn: x must be (B, T, H), got (3, 5)"),
     (
@@ -59,7 +60,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": torch.tensor([1, 9, 3])}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 9"),
     ({"lengths": [1.5, 2, 3]}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor"),
     ({"lengths": torch.tensor([1, 2, 3]).int()}, TypeError, "indrnn: lengths must be int64, got int32"),
-    ({"lengths": 3}, TypeError, "indrnn: lengths must be a Tensor, got int"),
+    ({"lengths": 3}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor, got int"),
     ({"backend": "tpu"}, ValueError, "indrnn: backend must be one of auto, reference, vendor, cpp, triton, cuda"),
     ({"backend": "vendor"}, BackendUnavailableError, "indrnn: backend 'vendor' cannot run this call: torch's own"),
     ({"backend": "cuda"}, BackendUnavailableError, "indrnn: backend 'cuda' cannot run this call: it runs on an NVIDIA"),
@@ -105,6 +106,8 @@ def test_explain_names_every_backend() -> None:
     assert "negative_slope" in str(reasons["cpp"])
     assert "NVIDIA" in str(reasons["cuda"])
     assert explain("indrnn", X, U)["cpp"] is None
+    with pytest.raises(TypeError, match=r"^indrnn: missing a required argument: 'weight_hh'"):
+        explain("indrnn", X)
     with pytest.raises(ValueError, match="explain: op must be one of indrnn"):
         explain("gelu", X)
     with pytest.raises(ValueError, match="indrnn: weight_hh must be"):

@@ -171,3 +171,9 @@ def test_weight_norm_by_hook_goes_on_working() -> None:
             module(x)  # its hook writes the weight
             expected.load_state_dict({name: getattr(module, name) for name in expected.state_dict()})
             torch.testing.assert_close(module(x), expected(x))
+
+
+def test_only_a_module_is_patched() -> None:
+    for function in (patch_model, unpatch_model):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: model must be a torch.nn.Module, got NoneType$"):
+            function(None)  # type: ignore[arg-type]

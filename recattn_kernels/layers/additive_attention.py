@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import LSTMCell
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
@@ -93,7 +94,7 @@ class AdditiveAttention(nn.Module):
 
     def precompute(self, keys: Tensor) -> Tensor:
         """U k + b of keys (B, N, key_dim): (B, N, A), for the argument `projected` of every step."""
-        _check("AdditiveAttention", "keys", keys, "(B, N, key_dim)", self.key_dim)
+        _check("AdditiveAttention", "keys", keys, "(B, N, key_dim)", self.key_dim, self.weight)
         return project(keys, self.project_keys.weight, self.project_keys.bias)
 
     def forward(
@@ -106,13 +107,18 @@ class AdditiveAttention(nn.Module):
         projected: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        _check("AdditiveAttention", "query", query, "(B, query_dim)", self.query_dim)
+        _check("AdditiveAttention", "query", query, "(B, query_dim)", self.query_dim, self.weight)
         if values is None:
             values = keys
-        if projected is None:
-            if keys is None:
-                raise ValueError("AdditiveAttention: keys or projected must be given")
+        if projected is not None:
+            _check("AdditiveAttention", "projected", projected, "(B, N, attn_dim)", self.attn_dim, self.weight)
+            _rows("projected", projected, query)
+        elif keys is not None:
+            _check("AdditiveAttention", "keys", keys, "(B, N, key_dim)", self.key_dim, self.weight)
+            _rows("keys", keys, query)
             projected = self.precompute(keys)
+        else:
+            raise ValueError("AdditiveAttention: keys or projected must be given")
         if values is None:
             raise ValueError("AdditiveAttention: keys or values must be given beside projected")
         return additive_attention(
@@ -225,7 +231,7 @@ class AttentionLSTMCell(nn.Module):
         mask: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> AttentionStep:
-        _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size)
+        _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size, self.attention.weight)
         context, weights = self.attend(state[0], keys, mask=mask, projected=projected)
         h, c, context = self.step(input, context, state)
         return AttentionStep(h, c, context, weights)
@@ -238,7 +244,16 @@ class AttentionLSTMCell(nn.Module):
         return ", ".join(options + changed_options(attention, activation="tanh", backend=None))
 
 
-def _check(layer: str, name: str, value: Tensor, symbols: str, width: int) -> None:
+def _rows(name: str, value: Tensor, query: Tensor) -> None:
+    if len(value) != len(query):
+        raise ValueError(
+            f"AdditiveAttention: {name} must be (B, N, ...) with B = {len(query)}, got {tuple(value.shape)}"
+        )
+
+
+def _check(layer: str, name: str, value: Tensor, symbols: str, width: int, weight: Tensor) -> None:
     checks.tensor(layer, name, value)
     checks.rank(layer, name, value, symbols)
+    checks.device(layer, name, value, "the layer's weight", weight)
+    checks.dtype(layer, name, value, accepted_dtypes(value, weight.dtype))
     checks.width(layer, name, value, symbols, symbols.strip("()").split(", ")[-1], width)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
+from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.ops.glimpse.api import glimpse
 from recattn_kernels.ops.glimpse.contract import COORDS, MODES, PADDINGS
@@ -183,6 +184,7 @@ class GlimpseNetwork(nn.Module):
         checks.shape("GlimpseNetwork", "loc", loc, "(B, 2)", (glimpse.shape[0], 2))
         checks.device("GlimpseNetwork", "glimpse", glimpse, "its weights", self.what.weight)
         checks.device("GlimpseNetwork", "loc", loc, "glimpse", glimpse)
+        checks.dtype("GlimpseNetwork", "glimpse", glimpse, accepted_dtypes(glimpse, self.what.weight.dtype))
         h_g = F.relu(self.glimpse_in(glimpse.flatten(1)))
         h_l = F.relu(self.location_in(loc.to(self.location_in.weight.dtype)))
         what, where = self.what(h_g), self.where(h_l)

@@ -42,6 +42,7 @@ def patch_model(model: nn.Module) -> PatchReport:
     itself be one. Of any other class, also one derived from these, a module is left as it is, as its forward may
     compute something else; the report says so.
     """
+    _check("patch_model", model)
     patched, left = [], {}
     for name, module in model.named_modules():  # a module that is there twice is named once
         if type(module) in OURS:
@@ -61,6 +62,7 @@ def unpatch_model(model: nn.Module) -> PatchReport:
     One with an option that torch.nn does not have, or of a class derived from ours, is left as it is; the report says
     so. A backend that was set is forgotten.
     """
+    _check("unpatch_model", model)
     patched, left = [], {}
     module: nn.Module
     for name, module in model.named_modules():
@@ -76,6 +78,11 @@ def unpatch_model(model: nn.Module) -> PatchReport:
             module.__class__ = THEIRS[type(module)]  # type: ignore[assignment]  # no longer the Gated that it was
             patched.append(name)
     return PatchReport(tuple(patched), left)
+
+
+def _check(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _why_left(module: nn.Module) -> str | None:
