@@ -124,6 +124,20 @@ def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None
         launch_plan.launch_plan.cache_clear()
 
 
+def test_a_failed_launch_is_forgotten(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever launches next asks the runtime for its last error, and is not to be told of this one."""
+
+    def most(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return max(launch_plan.candidates(problem, B, gpu), key=lambda plan: plan.shared)
+
+    more_than_any_block_has = launch_plan.Gpu(multiprocessors=64, shared=300_000)
+    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: more_than_any_block_has)
+    monkeypatch.setattr(launch_plan, "launch_plan", most)
+    with pytest.raises(RuntimeError, match="gated: the forward kernel: invalid value"):
+        registry.find("rnn").function(torch.zeros(1, 1, 1024), torch.zeros(1024, 1024), backend="cuda")
+    assert emulated.last_error() == 0
+
+
 def test_every_warp_multiplies_more_than_it_reads_ahead() -> None:
     sample = Samples(1).sample("wider", 3, 2, 270, state=True, bias_hh=random_tensors.bias)
     judge(conformance.compare(registry.find("rnn"), sample, "cuda", torch.float32))

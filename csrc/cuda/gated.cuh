@@ -8,10 +8,8 @@
 // that has not begun.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "gated_product.cuh"
+#include "launch.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -138,21 +136,18 @@ void by_kernel(const Gated& p, F f) {
 // One launch for every slices * groups blocks' rows of the batch.
 template <class P>
 void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  };
   const GatedPlan& plan = p.plan;
   const int64_t exchange = 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
   if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
     throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
   }
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(layout.bytes)));
+                             int(layout.bytes)), what);
   for (p.first_row = 0; p.first_row < p.B; p.first_row += int64_t(plan.groups) * plan.rows) {
-    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream));
+    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream), what);
     void* arguments[] = {&p, &layout};
     check(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.slices * plan.groups)), dim3(BLOCK_THREADS), arguments,
-                                      size_t(layout.bytes), stream));
+                                      size_t(layout.bytes), stream), what);
   }
 }
 
