@@ -141,8 +141,12 @@ void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, 
   if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
     throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
   }
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(layout.bytes)), what);
+  // The device's maximum, not layout.bytes: another thread may be about to launch the same kernel with more.
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        what);
   for (p.first_row = 0; p.first_row < p.B; p.first_row += int64_t(plan.groups) * plan.rows) {
     check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream), what);
     void* arguments[] = {&p, &layout};

@@ -169,6 +169,7 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct Stream*;
 
 namespace emulation {
@@ -186,6 +187,14 @@ inline cudaError_t fail_unless(bool good) {
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::SHARED;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   emulation::allowed[kernel] = size_t(bytes);
   return emulation::fail_unless(bytes >= 0 && bytes <= emulation::SHARED);
