@@ -76,16 +76,27 @@ class Block {
     const int64_t length = p_.lengths[b];
     return length < 0 ? 0 : length > p_.T ? p_.T : length;
   }
-  __device__ bool resets(int64_t t, int64_t b) const {
-    return p_.reset.data != nullptr && p_.reset.data[t * p_.reset.stride_t + b * p_.reset.stride_b] != 0;
+  // Bytes are left as they are: to compare them with 0 is to wait for them.
+  __device__ uint32_t resets(int64_t t, int64_t b) const {
+    return p_.reset.data == nullptr ? 0 : p_.reset.data[t * p_.reset.stride_t + b * p_.reset.stride_b];
   }
-  __device__ bool keeps(const Mask& mask, int64_t t, const Place& at) const {
-    return mask.data != nullptr && mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n] != 0;
+  __device__ uint32_t keeps(const Mask& mask, int64_t t, const Place& at) const {
+    return mask.data == nullptr ? 0 : mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n];
   }
-  // The value of a sequence of p.dtype that is `gate` times H after that of the place.
-  __device__ float value(const Sequence& s, int64_t t, const Place& at, int gate = 0) const {
-    return load({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n);
+  // As they lie in memory, N numbers of a sequence of p.dtype from that of the place on, H apart. One branch for all: the
+  // loads are under way together.
+  template <int N>
+  __device__ void fetch(const Sequence& s, int64_t t, const Place& at, uint32_t (&bits)[N]) const {
+    const int64_t first = t * s.stride_t + at.b * s.stride_b + at.n;
+    if (p_.dtype == Dtype::float32) {
+#pragma unroll
+      for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint32_t*>(s.data)[first + g * p_.H];
+    } else {
+#pragma unroll
+      for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint16_t*>(s.data)[first + g * p_.H];
+    }
   }
+  // The value that is `gate` times H after that of the place.
   __device__ void put(const Sequence& s, int64_t t, const Place& at, float v, int gate = 0) const {
     store({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n, v);
   }
