@@ -101,8 +101,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
   product.template fill<true>([&](int row, int64_t k) {
-    const int64_t n = block.unit(row);
-    return row < units && n < p.H && k < G * p.H ? weight_hh[k * p.H + n] : Element(0);
+    const int64_t n = block.unit(row), left = G * p.H - k;
+    if (row >= units || n >= p.H) return uint4{};
+    return gather<Element>([&](int i) { return i < left ? weight_hh[(k + i) * p.H + n] : Element(0); });
   });
   for (int i = threadIdx.x; i < p.plan.rows; i += BLOCK_THREADS) steps[i] = int(block.steps(block.place(i * units).b));
   for (int i = threadIdx.x; i < places; i += BLOCK_THREADS) {

@@ -79,9 +79,13 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   int* steps = reinterpret_cast<int*>(memory + layout.lengths);
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
+  const bool whole = p.H % Product<E>::QUARTER == 0 && reinterpret_cast<uintptr_t>(weight_hh) % 16 == 0;
   product.template fill<false>([&](int row, int64_t k) {
-    const int64_t n = block.unit(row % units);
-    return row < G * units && n < p.H && k < p.H ? weight_hh[(row / units * p.H + n) * p.H + k] : Element(0);
+    const int64_t n = block.unit(row % units), left = p.H - k;
+    if (row >= G * units || n >= p.H || left <= 0) return uint4{};
+    const Element* from = weight_hh + (row / units * p.H + n) * p.H + k;
+    if (whole) return *reinterpret_cast<const uint4*>(from);
+    return gather<Element>([&](int i) { return i < left ? from[i] : Element(0); });
   });
   for (int i = threadIdx.x; i < G * units; i += BLOCK_THREADS) {
     const int64_t n = block.unit(i % units);
