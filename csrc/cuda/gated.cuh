@@ -18,6 +18,7 @@ constexpr int gates_of(Cell c) { return c == Cell::lstm ? 4 : c == Cell::gru ? 3
 constexpr int kept_of(Cell c) { return c == Cell::gru ? 4 : gates_of(c); }
 constexpr int states_of(Cell c) { return c == Cell::lstm ? 2 : 1; }
 
+constexpr int SECTOR = 32;   // bytes that come from memory together
 constexpr int COUNTER = 32;  // unsigned from one group's counter to the next: each has lines of the cache to itself
 
 // One unit of one row of the batch. It has the same thread in every step.
@@ -94,6 +95,23 @@ class Block {
     } else {
 #pragma unroll
       for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint16_t*>(s.data)[first + g * p_.H];
+    }
+  }
+  // For the rows of which a thread has more places than its first: N times the block's units of a step of a sequence, H
+  // apart, on their way to the second-level cache while the block waits for the others. steps: of each row.
+  template <int N>
+  __device__ void prefetch_later(const Sequence& s, Dtype dtype, int64_t t, const int* steps) const {
+    const int element = dtype == Dtype::float32 ? 4 : 2;
+    const int64_t left = p_.H - n0_, bytes = (left < p_.plan.units ? left : p_.plan.units) * element;
+    for (int i = BLOCK_THREADS / p_.plan.units * N + threadIdx.x; i < p_.plan.rows * N; i += BLOCK_THREADS) {
+      const int row = i / N;
+      const int64_t b = b0_ + row;
+      if (b >= p_.B || t < 0 || t >= steps[row]) continue;
+      const char* from =
+          static_cast<const char*>(s.data) + (t * s.stride_t + b * s.stride_b + i % N * p_.H + n0_) * element;
+#pragma unroll 1  // there are one or two of them as a rule
+      for (int64_t at = 0; at < bytes; at += SECTOR) prefetch(from + at);
+      prefetch(from + bytes - 1);
     }
   }
   // The value that is `gate` times H after that of the place.

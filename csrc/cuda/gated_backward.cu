@@ -122,6 +122,15 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       const Place first = block.place(threadIdx.x);
       in = inputs<E, C>(p, block, first, step, steps[first.row]);
     }
+    if (step < p.T) {
+      const int64_t t = time_of(p, step), earlier = p.reverse ? t + 1 : t - 1;
+      block.template prefetch_later<kept_of(C)>(p.gates, Dtype::float32, t, steps);
+      if (p.grad_output.data) block.template prefetch_later<1>(p.grad_output, p.dtype, t, steps);
+      if (C == Cell::gru) block.template prefetch_later<1>(p.output, p.dtype, earlier, steps);
+      if (C == Cell::lstm) {
+        block.template prefetch_later<1>({p.cells, p.B * p.H, p.H}, Dtype::float32, earlier, steps);
+      }
+    }
     if (step > 0) block.wait();
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
       const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;

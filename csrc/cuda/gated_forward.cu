@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       const Place first = block.place(threadIdx.x);
       in = inputs<E, C>(p, block, first, step, steps[first.row]);
     }
+    block.template prefetch_later<G>(p.x, p.dtype, t, steps);
     block.wait();
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
       const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;
