@@ -79,6 +79,10 @@ struct Float32Product {
   // Eight rows of one quarter, which the lanes read at once, are adjacent.
   static __device__ int position(int row, int quarter) { return quarter * 16 + row; }
 
+  // Where a row of the batch has its quarter in the stage: apart for the eight lanes that write at once, two rows' four
+  // quarters, as for those that read, eight rows of a quarter.
+  static __device__ int staged(int row, int quarter) { return quarter * 8 + (row + 2 * quarter) % 8; }
+
   static __device__ float4 floats(const uint4& v) {
     return {bits_to_float(v.x), bits_to_float(v.y), bits_to_float(v.z), bits_to_float(v.w)};
   }
@@ -95,7 +99,7 @@ struct Float32Product {
     __syncwarp();  // the segment before has been read
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {
-      if (n < column_tiles) stage[n * 32 + column * 8 + row] = states[n];
+      if (n < column_tiles) stage[n * 32 + staged(row, column)] = states[n];
     }
     __syncwarp();
 #pragma unroll 1  // all four at once are only more code
@@ -104,8 +108,8 @@ struct Float32Product {
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; ++n) {
         if (n < column_tiles) {
-          left[n] = floats(stage[n * 32 + quarter * 8 + 2 * column]);
-          right[n] = floats(stage[n * 32 + quarter * 8 + 2 * column + 1]);
+          left[n] = floats(stage[n * 32 + staged(2 * column, quarter)]);
+          right[n] = floats(stage[n * 32 + staged(2 * column + 1, quarter)]);
         }
       }
 #pragma unroll
