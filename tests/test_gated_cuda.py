@@ -124,6 +124,38 @@ def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None
         launch_plan.launch_plan.cache_clear()
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows of weights that are read 16 bytes at a time."""
+    B, H, gates = 70, 40, {"rnn": 1, "lstm": 4, "gru": 3}[op]
+
+    def most_rows(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        plan = max(launch_plan.candidates(problem, B, gpu), key=lambda plan: (plan.rows, plan.units))
+        assert B == 1 or plan.rows * plan.units > 2 * launch_plan.THREADS
+        return plan
+
+    monkeypatch.setattr(launch_plan, "launch_plan", most_rows)
+    random_calls = Samples(gates, has_c=op == "lstm")
+    options = {"reset": random_tensors.reset, "lengths": random_tensors.lengths, **random_calls.keep()}
+    sample = random_calls.sample("whole_rows", 4, B, H, state=True, bias_hh=random_tensors.bias, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        judge(conformance.compare(registry.find(op), sample, "cuda", dtype))
+
+
+def test_a_failed_launch_is_forgotten(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever launches next asks the runtime for its last error, and is not to be told of this one."""
+
+    def most(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return max(launch_plan.candidates(problem, B, gpu), key=lambda plan: plan.shared)
+
+    more_than_any_block_has = launch_plan.Gpu(multiprocessors=64, shared=300_000)
+    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: more_than_any_block_has)
+    monkeypatch.setattr(launch_plan, "launch_plan", most)
+    with pytest.raises(RuntimeError, match="gated: the forward kernel: invalid value"):
+        registry.find("rnn").function(torch.zeros(1, 1, 1024), torch.zeros(1024, 1024), backend="cuda")
+    assert emulated.last_error() == 0
+
+
 def test_every_warp_multiplies_more_than_it_reads_ahead() -> None:
     sample = Samples(1).sample("wider", 3, 2, 270, state=True, bias_hh=random_tensors.bias)
     judge(conformance.compare(registry.find("rnn"), sample, "cuda", torch.float32))

@@ -8,10 +8,8 @@
 // that has not begun.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "gated_product.cuh"
+#include "launch.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -20,6 +18,7 @@ constexpr int gates_of(Cell c) { return c == Cell::lstm ? 4 : c == Cell::gru ? 3
 constexpr int kept_of(Cell c) { return c == Cell::gru ? 4 : gates_of(c); }
 constexpr int states_of(Cell c) { return c == Cell::lstm ? 2 : 1; }
 
+constexpr int SECTOR = 32;   // bytes that come from memory together
 constexpr int COUNTER = 32;  // unsigned from one group's counter to the next: each has lines of the cache to itself
 
 // One unit of one row of the batch. It has the same thread in every step.
@@ -78,16 +77,44 @@ class Block {
     const int64_t length = p_.lengths[b];
     return length < 0 ? 0 : length > p_.T ? p_.T : length;
   }
-  __device__ bool resets(int64_t t, int64_t b) const {
-    return p_.reset.data != nullptr && p_.reset.data[t * p_.reset.stride_t + b * p_.reset.stride_b] != 0;
+  // Bytes are left as they are: to compare them with 0 is to wait for them.
+  __device__ uint32_t resets(int64_t t, int64_t b) const {
+    return p_.reset.data == nullptr ? 0 : p_.reset.data[t * p_.reset.stride_t + b * p_.reset.stride_b];
   }
-  __device__ bool keeps(const Mask& mask, int64_t t, const Place& at) const {
-    return mask.data != nullptr && mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n] != 0;
+  __device__ uint32_t keeps(const Mask& mask, int64_t t, const Place& at) const {
+    return mask.data == nullptr ? 0 : mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n];
   }
-  // The value of a sequence of p.dtype that is `gate` times H after that of the place.
-  __device__ float value(const Sequence& s, int64_t t, const Place& at, int gate = 0) const {
-    return load({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n);
+  // As they lie in memory, N numbers of a sequence of p.dtype from that of the place on, H apart. One branch for all: the
+  // loads are under way together.
+  template <int N>
+  __device__ void fetch(const Sequence& s, int64_t t, const Place& at, uint32_t (&bits)[N]) const {
+    const int64_t first = t * s.stride_t + at.b * s.stride_b + at.n;
+    if (p_.dtype == Dtype::float32) {
+#pragma unroll
+      for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint32_t*>(s.data)[first + g * p_.H];
+    } else {
+#pragma unroll
+      for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint16_t*>(s.data)[first + g * p_.H];
+    }
   }
+  // For the rows of which a thread has more places than its first: N times the block's units of a step of a sequence, H
+  // apart, on their way to the second-level cache while the block waits for the others. steps: of each row.
+  template <int N>
+  __device__ void prefetch_later(const Sequence& s, Dtype dtype, int64_t t, const int* steps) const {
+    const int element = dtype == Dtype::float32 ? 4 : 2;
+    const int64_t left = p_.H - n0_, bytes = (left < p_.plan.units ? left : p_.plan.units) * element;
+    for (int i = BLOCK_THREADS / p_.plan.units * N + threadIdx.x; i < p_.plan.rows * N; i += BLOCK_THREADS) {
+      const int row = i / N;
+      const int64_t b = b0_ + row;
+      if (b >= p_.B || t < 0 || t >= steps[row]) continue;
+      const char* from =
+          static_cast<const char*>(s.data) + (t * s.stride_t + b * s.stride_b + i % N * p_.H + n0_) * element;
+#pragma unroll 1  // there are one or two of them as a rule
+      for (int64_t at = 0; at < bytes; at += SECTOR) prefetch(from + at);
+      prefetch(from + bytes - 1);
+    }
+  }
+  // The value that is `gate` times H after that of the place.
   __device__ void put(const Sequence& s, int64_t t, const Place& at, float v, int gate = 0) const {
     store({s.data, p_.dtype}, t * s.stride_t + at.b * s.stride_b + gate * p_.H + at.n, v);
   }
@@ -138,21 +165,22 @@ void by_kernel(const Gated& p, F f) {
 // One launch for every slices * groups blocks' rows of the batch.
 template <class P>
 void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  };
   const GatedPlan& plan = p.plan;
   const int64_t exchange = 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
   if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
     throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
   }
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(layout.bytes)));
+  // The device's maximum, not layout.bytes: another thread may be about to launch the same kernel with more.
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        what);
   for (p.first_row = 0; p.first_row < p.B; p.first_row += int64_t(plan.groups) * plan.rows) {
-    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream));
+    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream), what);
     void* arguments[] = {&p, &layout};
     check(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.slices * plan.groups)), dim3(BLOCK_THREADS), arguments,
-                                      size_t(layout.bytes), stream));
+                                      size_t(layout.bytes), stream), what);
   }
 }
 

@@ -7,10 +7,13 @@ namespace RECATTN_ISA {
 namespace {
 
 // What a place needs in a step and does not come from the other blocks. before: h[t-1] in the gru, c[t-1] in the lstm.
+// It is as it lies in memory, and becomes a value after the wait for them, which so does not begin with one for memory.
 template <Cell C>
 struct Inputs {
-  float kept[kept_of(C)] = {}, grad_output = 0.0f, before = 0.0f;
-  bool valid = false, reset = false, keep_h = false, keep_c = false;
+  float kept[kept_of(C)] = {};
+  uint32_t grad_output[1] = {}, before = 0, reset = 0, keep_h = 0, keep_c = 0;
+  Dtype before_dtype = Dtype::float32;
+  bool valid = false;
 };
 
 // dx and dq of each gate, and what reaches the old states other than through q.
@@ -23,7 +26,7 @@ struct Gradients {
 template <Cell C>
 RECATTN_FN Gradients<C> cell_backward(const Gated& p, const Inputs<C>& in, float dh, float dc) {
   Gradients<C> d{};
-  const float before = in.reset ? 0.0f : in.before;
+  const float before = in.reset ? 0.0f : value_of(in.before, in.before_dtype);
   if constexpr (C == Cell::lstm) {
     const LstmGates<float> a{in.kept[0], in.kept[1], in.kept[2], in.kept[3]};
     const float squashed = tanh_(lstm_cell(a, before));
@@ -56,11 +59,19 @@ __device__ Inputs<C> inputs(const GatedBackward& p, const Block<E>& block, const
   if (!in.valid) return in;
   const float* kept = static_cast<const float*>(p.gates.data) + t * p.gates.stride_t + at.b * p.gates.stride_b + at.n;
   for (int k = 0; k < kept_of(C); ++k) in.kept[k] = kept[k * p.H];
-  if (p.grad_output.data) in.grad_output = block.value(p.grad_output, t, at);
+  if (p.grad_output.data) block.fetch(p.grad_output, t, at, in.grad_output);
+  const auto read_before = [&](const Plain& from, int64_t i) {
+    in.before = bits_at(from, i);
+    in.before_dtype = from.dtype;
+  };
   const bool first = earlier < 0 || earlier >= steps;
-  if (C == Cell::gru) in.before = first ? load(p.h0, at.b * p.H + at.n) : block.value(p.output, earlier, at);
+  const int64_t initial = at.b * p.H + at.n;
+  if (C == Cell::gru) {
+    const int64_t i = earlier * p.output.stride_t + at.b * p.output.stride_b + at.n;
+    read_before(first ? p.h0 : Plain{p.output.data, p.dtype}, first ? initial : i);
+  }
   if (C == Cell::lstm) {
-    in.before = first ? load(p.c0, at.b * p.H + at.n) : p.cells[(earlier * p.B + at.b) * p.H + at.n];
+    read_before(first ? p.c0 : Plain{p.cells, Dtype::float32}, first ? initial : earlier * p.B * p.H + initial);
   }
   in.reset = block.resets(t, at.b);
   in.keep_h = block.keeps(p.keep_h, t, at);
@@ -90,8 +101,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
   product.template fill<true>([&](int row, int64_t k) {
-    const int64_t n = block.unit(row);
-    return row < units && n < p.H && k < G * p.H ? weight_hh[k * p.H + n] : Element(0);
+    const int64_t n = block.unit(row), left = G * p.H - k;
+    if (row >= units || n >= p.H) return uint4{};
+    return gather<Element>([&](int i) { return i < left ? weight_hh[(k + i) * p.H + n] : Element(0); });
   });
   for (int i = threadIdx.x; i < p.plan.rows; i += BLOCK_THREADS) steps[i] = int(block.steps(block.place(i * units).b));
   for (int i = threadIdx.x; i < places; i += BLOCK_THREADS) {
@@ -109,6 +121,15 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (int(threadIdx.x) < places) {
       const Place first = block.place(threadIdx.x);
       in = inputs<E, C>(p, block, first, step, steps[first.row]);
+    }
+    if (step < p.T) {
+      const int64_t t = time_of(p, step), earlier = p.reverse ? t + 1 : t - 1;
+      block.template prefetch_later<kept_of(C)>(p.gates, Dtype::float32, t, steps);
+      if (p.grad_output.data) block.template prefetch_later<1>(p.grad_output, p.dtype, t, steps);
+      if (C == Cell::gru) block.template prefetch_later<1>(p.output, p.dtype, earlier, steps);
+      if (C == Cell::lstm) {
+        block.template prefetch_later<1>({p.cells, p.B * p.H, p.H}, Dtype::float32, earlier, steps);
+      }
     }
     if (step > 0) block.wait();
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
@@ -130,7 +151,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         Gradients<C> d{};
         if (in.valid) {
           const float dc_new = C == Cell::lstm ? clamp_symmetric(dc[i], p.grad_clip) : 0.0f;
-          const float dh_new = clamp_symmetric(grad + in.grad_output, p.grad_clip);
+          const float dh_new = clamp_symmetric(grad + value_of(in.grad_output[0], p.dtype), p.grad_clip);
           const Shares of_h = zoneout_backward(p.keep_h, in.keep_h, p.zoneout_h, dh_new);
           const Shares of_c = zoneout_backward(p.keep_c, in.keep_c, p.zoneout_c, dc_new);
           d = cell_backward<C>(p, in, of_h.fresh, of_c.fresh);

@@ -31,11 +31,12 @@ RECATTN_FN States cell(const Gated& p, const float* x, const float* q, const Sta
   }
 }
 
-// What a place needs in a step and does not come from the other blocks.
+// What a place needs in a step and does not come from the other blocks. It is as it lies in memory, and becomes a value
+// after the wait for them, which so does not begin with a wait for memory.
 template <Cell C>
 struct Inputs {
-  float x[gates_of(C)] = {};
-  bool valid = false, reset = false, next_reset = false, keep_h = false, keep_c = false;
+  uint32_t x[gates_of(C)] = {}, reset = 0, next_reset = 0, keep_h = 0, keep_c = 0;
+  bool valid = false;
 };
 
 RECATTN_FN int64_t time_of(const Gated& p, int64_t i) { return p.reverse ? p.T - 1 - i : i; }
@@ -45,10 +46,10 @@ __device__ Inputs<C> inputs(const GatedForward& p, const Block<E>& block, const 
   Inputs<C> in;
   if (!at.inside) return in;
   const int64_t t = time_of(p, i);
-  in.next_reset = i + 1 < p.T && block.resets(time_of(p, i + 1), at.b);
+  if (i + 1 < p.T) in.next_reset = block.resets(time_of(p, i + 1), at.b);
   in.valid = t < steps;
   if (!in.valid) return in;
-  for (int g = 0; g < gates_of(C); ++g) in.x[g] = block.value(p.x, t, at, g);
+  block.fetch(p.x, t, at, in.x);
   in.reset = block.resets(t, at.b);
   in.keep_h = block.keeps(p.keep_h, t, at);
   in.keep_c = block.keeps(p.keep_c, t, at);
@@ -78,9 +79,13 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   int* steps = reinterpret_cast<int*>(memory + layout.lengths);
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
+  const bool whole = p.H % Product<E>::QUARTER == 0 && reinterpret_cast<uintptr_t>(weight_hh) % 16 == 0;
   product.template fill<false>([&](int row, int64_t k) {
-    const int64_t n = block.unit(row % units);
-    return row < G * units && n < p.H && k < p.H ? weight_hh[(row / units * p.H + n) * p.H + k] : Element(0);
+    const int64_t n = block.unit(row % units), left = p.H - k;
+    if (row >= G * units || n >= p.H || left <= 0) return uint4{};
+    const Element* from = weight_hh + (row / units * p.H + n) * p.H + k;
+    if (whole) return *reinterpret_cast<const uint4*>(from);
+    return gather<Element>([&](int i) { return i < left ? from[i] : Element(0); });
   });
   for (int i = threadIdx.x; i < G * units; i += BLOCK_THREADS) {
     const int64_t n = block.unit(i % units);
@@ -103,6 +108,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       const Place first = block.place(threadIdx.x);
       in = inputs<E, C>(p, block, first, step, steps[first.row]);
     }
+    block.template prefetch_later<G>(p.x, p.dtype, t, steps);
     block.wait();
     for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
       const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;
@@ -115,12 +121,13 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         if (!at.inside) continue;
         if (in.valid) {
           const States old{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
-          float q[G], kept[KEPT];
+          float x[G], q[G], kept[KEPT];
           for (int g = 0; g < G; ++g) {
             const int row = g * units + at.unit;
+            x[g] = value_of(in.x[g], p.dtype);
             q[g] = product.sum(row, at.row - row0) + bias[row];
           }
-          const States fresh = cell<C>(p, in.x, q, old, kept);
+          const States fresh = cell<C>(p, x, q, old, kept);
           h[i] = zoneout(p.keep_h, in.keep_h, p.zoneout_h, old.h, fresh.h);
           if (C == Cell::lstm) c[i] = zoneout(p.keep_c, in.keep_c, p.zoneout_c, old.c, fresh.c);
           if (p.gates) {

@@ -79,6 +79,10 @@ struct Float32Product {
   // Eight rows of one quarter, which the lanes read at once, are adjacent.
   static __device__ int position(int row, int quarter) { return quarter * 16 + row; }
 
+  // Where a row of the batch has its quarter in the stage: apart for the eight lanes that write at once, two rows' four
+  // quarters, as for those that read, eight rows of a quarter.
+  static __device__ int staged(int row, int quarter) { return quarter * 8 + (row + 2 * quarter) % 8; }
+
   static __device__ float4 floats(const uint4& v) {
     return {bits_to_float(v.x), bits_to_float(v.y), bits_to_float(v.z), bits_to_float(v.w)};
   }
@@ -95,7 +99,7 @@ struct Float32Product {
     __syncwarp();  // the segment before has been read
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {
-      if (n < column_tiles) stage[n * 32 + column * 8 + row] = states[n];
+      if (n < column_tiles) stage[n * 32 + staged(row, column)] = states[n];
     }
     __syncwarp();
 #pragma unroll 1  // all four at once are only more code
@@ -104,8 +108,8 @@ struct Float32Product {
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; ++n) {
         if (n < column_tiles) {
-          left[n] = floats(stage[n * 32 + quarter * 8 + 2 * column]);
-          right[n] = floats(stage[n * 32 + quarter * 8 + 2 * column + 1]);
+          left[n] = floats(stage[n * 32 + staged(2 * column, quarter)]);
+          right[n] = floats(stage[n * 32 + staged(2 * column + 1, quarter)]);
         }
       }
 #pragma unroll
@@ -150,27 +154,56 @@ struct Layout {
   }
 };
 
+// 16 bytes, of elements of which element(i) is the i-th.
+template <class Element, class F>
+__device__ uint4 gather(F element) {
+  constexpr int N = 16 / sizeof(Element);
+  Element elements[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) elements[i] = element(i);
+  uint4 v;
+  memcpy(&v, elements, 16);
+  return v;
+}
+
 template <class E>
 class Product {
   using Element = typename E::Element;
-  static constexpr int QUARTER = 16 / sizeof(Element);  // elements
 
  public:
+  static constexpr int QUARTER = 16 / sizeof(Element);  // elements
+
   __device__ Product(const Layout& layout, char* memory)
       : layout_(layout), weights_(reinterpret_cast<uint4*>(memory)),
         parts_(reinterpret_cast<float*>(memory + layout.parts)),
         stage_(reinterpret_cast<uint4*>(memory + layout.stage + threadIdx.x / 32 * E::STAGE)) {}
 
-  // weight(row, k): an element, 0 past the end. ROWS_FIRST: adjacent rows are adjacent in memory, not adjacent k.
+  // quarter(row, k): 16 bytes of a row from its k-th element on, as they lie in memory, 0 past the end. ROWS_FIRST:
+  // adjacent rows are adjacent in memory, not adjacent k.
   template <bool ROWS_FIRST, class F>
-  __device__ void fill(F weight) {
+  __device__ void fill(F quarter) {
+    constexpr int LOADS = 4;  // on their way at once, of a thread
     const int rows = layout_.row_tiles * ROW_TILE, quarters = layout_.segments * 4;
-    for (int i = threadIdx.x; i < rows * quarters; i += BLOCK_THREADS) {
-      const int row = ROWS_FIRST ? i % rows : i / quarters, quarter = ROWS_FIRST ? i / rows : i % quarters;
-      Element elements[QUARTER];
-      for (int k = 0; k < QUARTER; ++k) elements[k] = E::weight(weight(row, int64_t(quarter) * QUARTER + k));
-      uint4* tile = weights_ + (row / ROW_TILE * layout_.segments + quarter / 4) * 64;
-      memcpy(tile + E::position(row % ROW_TILE, quarter % 4), elements, 16);
+    for (int first = threadIdx.x; first < rows * quarters; first += LOADS * BLOCK_THREADS) {
+      uint4 loaded[LOADS];
+      const auto each = [&](auto f) {
+#pragma unroll
+        for (int j = 0; j < LOADS; ++j) {
+          const int i = first + j * BLOCK_THREADS;
+          if (i < rows * quarters) {
+            f(loaded[j], ROWS_FIRST ? i % rows : i / quarters, ROWS_FIRST ? i / rows : i % quarters);
+          }
+        }
+      };
+      each([&](uint4& v, int row, int q) { v = quarter(row, int64_t(q) * QUARTER); });
+      each([&](const uint4& v, int row, int q) {
+        Element elements[QUARTER];
+        memcpy(elements, &v, 16);
+#pragma unroll
+        for (int k = 0; k < QUARTER; ++k) elements[k] = E::weight(elements[k]);
+        uint4* tile = weights_ + (row / ROW_TILE * layout_.segments + q / 4) * 64;
+        memcpy(tile + E::position(row % ROW_TILE, q % 4), elements, 16);
+      });
     }
   }
 

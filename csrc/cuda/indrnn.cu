@@ -189,7 +189,7 @@ void launch(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream
   const int depth = E::ASYNC ? (few ? DEEP : SHALLOW) : 1;
   const size_t shared = E::ASYNC ? streams * depth * CHUNK_BYTES : 0;
   kernel<<<unsigned((threads + THREADS - 1) / THREADS), THREADS, shared, stream>>>(p, depth);
-  check(what);
+  check(cudaGetLastError(), what);
 }
 
 }  // namespace
@@ -219,7 +219,7 @@ void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream) {
   }
   if (p.H == 0) return;
   sum_rows_kernel<<<dim3(unsigned((p.H + 31) / 32), 2), dim3(32, SUM_ROWS), 0, stream>>>(p);
-  check("indrnn: the sum over the batch");
+  check(cudaGetLastError(), "indrnn: the sum over the batch");
 }
 
 }  // namespace recattn

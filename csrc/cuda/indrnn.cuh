@@ -2,9 +2,8 @@
 #pragma once
 
 #include <initializer_list>
-#include <stdexcept>
-#include <string>
 
+#include "launch.cuh"
 #include "stream.cuh"
 
 namespace recattn {
@@ -43,11 +42,6 @@ struct Columns {
     return {reset_walk(p, backwards), p.T, nullptr, 1};
   }
 };
-
-inline void check(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 // True where every pair of columns (2i, 2i + 1) is one aligned word.
 inline bool paired(const Indrnn& p, std::initializer_list<const Sequence*> sequences) {

@@ -340,7 +340,7 @@ void launch(void (*kernel)(P), const P& p, cudaStream_t stream, const char* what
   const int64_t columns = p.B * p.H, block = 32 * E::COLUMNS;
   if (columns == 0) return;
   kernel<<<dim3(unsigned((columns + block - 1) / block)), dim3(32, CHUNKS), 0, stream>>>(p);
-  check(what);
+  check(cudaGetLastError(), what);
 }
 
 }  // namespace

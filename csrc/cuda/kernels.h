@@ -94,7 +94,7 @@ struct GatedBackward : Gated {
   Plain h0, c0;  // (B, H)
   Sequence grad_output, output;
   Sequence gates;      // as kept, float32
-  const float* cells;  // as kept
+  float* cells;        // as kept
   Sequence grad_x;
   Sequence grad_q;           // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
   Plain grad_h_n, grad_c_n;  // (B, H)

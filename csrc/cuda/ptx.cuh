@@ -22,6 +22,11 @@ __device__ inline uint4 load_exchanged(const void* from) {
   return v;
 }
 
+// What holds this byte is on its way to the second-level cache, and nobody waits for it.
+__device__ inline void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 // Whoever reads the counter by load_acquire and finds this count sees all that the block has written before it
 // synchronised and one of its threads called this.
 __device__ inline void count_release(unsigned* counter) {

@@ -24,12 +24,18 @@ struct Float16 {
   static __device__ uint16_t store(float v) { return __half_as_ushort(__float2half_rn(v)); }
 };
 
-__device__ inline float load(const Plain& x, int64_t i) {
-  if (x.data == nullptr) return 0.0f;
-  if (x.dtype == Dtype::float32) return static_cast<const float*>(x.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(x.data)[i];
-  return x.dtype == Dtype::bfloat16 ? BFloat16::load(bits) : Float16::load(bits);
+// A number as it lies in memory, and its value: whoever keeps them apart waits for memory only at the second.
+__device__ inline uint32_t bits_at(const Plain& x, int64_t i) {
+  if (x.data == nullptr) return 0;
+  if (x.dtype == Dtype::float32) return static_cast<const uint32_t*>(x.data)[i];
+  return static_cast<const uint16_t*>(x.data)[i];
 }
+__device__ inline float value_of(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::float32) return bits_to_float(bits);
+  return dtype == Dtype::bfloat16 ? BFloat16::load(uint16_t(bits)) : Float16::load(uint16_t(bits));
+}
+
+__device__ inline float load(const Plain& x, int64_t i) { return value_of(bits_at(x, i), x.dtype); }
 
 __device__ inline void store(const Plain& x, int64_t i, float v) {
   if (x.data == nullptr) return;

@@ -12,9 +12,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -167,10 +169,36 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct Stream*;
 
+namespace emulation {
+
+constexpr int SHARED = 232448;  // bytes that a block may have, once its kernel has been allowed as many
+inline std::map<const void*, size_t> allowed;
+inline cudaError_t last = cudaSuccess;
+
+inline cudaError_t fail_unless(bool good) {
+  if (good) return cudaSuccess;
+  return last = cudaErrorInvalidValue;
+}
+
+}  // namespace emulation
+
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::SHARED;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulation::allowed[kernel] = size_t(bytes);
+  return emulation::fail_unless(bytes >= 0 && bytes <= emulation::SHARED);
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   memset(to, value, bytes);
   return cudaSuccess;
@@ -184,7 +212,8 @@ void call_kernel(void (*kernel)(P...), void** arguments, std::index_sequence<I..
 template <class... P>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
                                         cudaStream_t) {
-  if (grid.x == 0 || block.x % 32 != 0) return cudaErrorInvalidValue;
+  const bool fits = shared <= emulation::allowed[reinterpret_cast<const void*>(kernel)];
+  if (grid.x == 0 || block.x % 32 != 0 || !fits) return emulation::fail_unless(false);
   emulation::run(grid.x, block.x, shared,
                  [=] { call_kernel(kernel, arguments, std::make_index_sequence<sizeof...(P)>()); });
   return cudaSuccess;

@@ -15,6 +15,8 @@ inline uint4 load_exchanged(const void* from) {
   return v;
 }
 
+inline void prefetch(const void* from) { (void)*static_cast<const volatile char*>(from); }
+
 inline void count_release(unsigned* counter) {
   ++*counter;
   emulation::release();
