@@ -84,8 +84,8 @@ class Block {
   __device__ uint32_t keeps(const Mask& mask, int64_t t, const Place& at) const {
     return mask.data == nullptr ? 0 : mask.data[t * mask.stride_t + at.b * mask.stride_b + at.n];
   }
-  // As they lie in memory, N numbers of a sequence of p.dtype from that of the place on, H apart. One branch for all: the
-  // loads are under way together.
+  // As they lie in memory, N numbers of a sequence of p.dtype from that of the place on, H apart. One branch for all:
+  // the loads are under way together.
   template <int N>
   __device__ void fetch(const Sequence& s, int64_t t, const Place& at, uint32_t (&bits)[N]) const {
     const int64_t first = t * s.stride_t + at.b * s.stride_b + at.n;
