@@ -67,7 +67,8 @@ def test_is_a_cell_of_torch(name: str) -> None:
     assert type(back) is theirs and back.weight_ih is expected.weight_ih and back.bias_ih is None
     with pytest.raises(ValueError, match=f"^{name}: to_torch: torch.nn has no zoneout$"):
         CELLS[name](D, H, zoneout=0.1).to_torch()
-    with pytest.raises(TypeError, match=f"^{name}: module must be a torch.nn.{name}, got {name.removesuffix('Cell')}$"):
+    got = f"torch.nn.modules.rnn.{name.removesuffix('Cell')}"
+    with pytest.raises(TypeError, match=f"^{name}: module must be a torch.nn.{name}, got {got}$"):
         CELLS[name].from_torch(getattr(nn, name.removesuffix("Cell"))(D, H))
     if name == "RNNCell":
         assert RNNCell.from_torch(nn.RNNCell(D, H, True, "relu")).nonlinearity == "relu"
