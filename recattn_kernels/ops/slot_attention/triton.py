@@ -90,7 +90,9 @@ def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Mach
         "ROWS": chosen.rows, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d, "SCORE_TYPE": TYPES[score],
         "TYPE": TYPES[kind], "PRECISION": "interpreted" if on.interpreted else "tf32" if tf32 else "ieee",
     }  # fmt: skip
-    return arguments | _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
+    arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
+    distances = [arguments[f"{name}_stride_{of}"] for name in "kv" for of in "bhn"]
+    return arguments | {"ALIGNED": all(size % 16 == 0 for size in (D, Dv, *distances))}
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -214,9 +216,10 @@ def example(
 
 
 def aot_variants(lanes: int, full: bool) -> Variants:
-    """Launches that cover the kernels: the shapes of the workloads, the widest, and every option."""
-    some = ((torch.bfloat16, 7, 64, False), (torch.float16, 10, 512, True))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in ((7, 64), (16, 256), (128, 512)) for f in (False, K <= 16))
+    """Launches that cover the kernels: the shapes of the workloads, the widest, every option, and rows out of line."""
+    some = ((torch.bfloat16, 7, 64, False), (torch.float16, 10, 512, True), (torch.bfloat16, 7, 250, False))
+    shapes = ((7, 64), (16, 256), (128, 512), (7, 60), (16, 250), (128, 500))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in (False, K <= 16))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name = "-".join(filter(None, words))
