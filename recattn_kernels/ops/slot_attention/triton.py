@@ -65,10 +65,14 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     if on.interpreted:
         block_n = INTERPRETER_BLOCK
     chunks = triton.cdiv(max(D, Dv, 1), block_d)
-    # Enough programs for every multiprocessor to have a few, but a few blocks for each.
+    # Enough programs for every multiprocessor to have a few, but a few blocks for each unless some would have none.
     wanted = triton.cdiv(4 * on.multiprocessors, max(samples * chunks, 1))
     blocks = triton.cdiv(N, block_n)
-    parts = 2 if on.interpreted and blocks > 1 else max(1, min(wanted, blocks // 4))
+    parts = max(1, min(wanted, blocks // 4))
+    if samples * chunks * parts < on.multiprocessors:
+        parts = max(1, min(wanted, blocks))
+    if on.interpreted:
+        parts = min(2, max(1, blocks))
     return Plan(group, samples, rows, block_n, block_d, chunks, parts, num_warps)
 
 
