@@ -51,9 +51,13 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     group = H if joint else 1
     samples, rows = B * H // max(group, 1), max(16, triton.next_power_of_2(group * K))
     widest = max(16, triton.next_power_of_2(max(D, Dv)))
-    # What the registers hold, as tests/test_aot.py finds it. Products in float32 need many times those of bfloat16.
-    if q.dtype == k.dtype == torch.bfloat16:
-        block_d = min(widest, 256, (4096 if rows >= 64 else 8192) // rows)
+    # What the registers hold, as tests/test_aot.py finds it. Exact products in float32 need many times those of matrix
+    # units, and those in TF32, which float16's are, twice the shared memory of bfloat16's, and on AMD
+    # more registers.
+    half_backward = backward and k.dtype == torch.float16
+    if _is_narrow(q, k, v) and not (half_backward and on.lanes == 64):
+        fewest = 32 if half_backward else 64
+        block_d = min(widest, 256, (4096 if rows >= fewest else 8192) // rows)
         block_n = min(8192 // block_d, 32 if backward else 128, (512 if backward else 2048) // rows)
         num_warps = 4 if rows * block_d <= 1024 else 8
         if group > 1:  # a product of each head is kept beside the sum
@@ -76,13 +80,18 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     return Plan(group, samples, rows, block_n, block_d, chunks, parts, num_warps)
 
 
+def _is_narrow(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether all that is multiplied has the same 16 bits."""
+    return q.dtype == k.dtype != torch.float32 and (v is None or v.dtype == k.dtype)
+
+
 def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
     """The arguments that both directions take."""
     q, k, v, bias, slot_mask, input_mask = inputs
     scale, eps, denominator, _, _ = options
     _, H, K, N, D, Dv = sizes_of(q, k, v)
     # A is 1e-8 where float16 ends at 6e-8: beside it, the other products are in TF32, which holds all of float16.
-    narrow = q.dtype == k.dtype and (v is None or v.dtype == k.dtype)
+    narrow = _is_narrow(q, k, v)
     kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
     half = narrow and k.dtype == torch.float16
     score = k.dtype if narrow else torch.float32
@@ -221,9 +230,10 @@ def example(
 
 def aot_variants(lanes: int, full: bool) -> Variants:
     """Launches that cover the kernels: the shapes of the workloads, the widest, every option, and rows out of line."""
-    some = ((torch.bfloat16, 7, 64, False), (torch.float16, 10, 512, True), (torch.bfloat16, 7, 250, False))
-    shapes = ((7, 64), (16, 256), (128, 512), (7, 60), (16, 250), (128, 500))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in (False, K <= 16))
+    BF16, F16 = torch.bfloat16, torch.float16
+    some = ((BF16, 7, 64, False), (F16, 10, 512, True), (BF16, 7, 250, False), (F16, 24, 256, False))
+    shapes = ((7, 64), (16, 256), (24, 256), (128, 512), (7, 60), (16, 250), (128, 500))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 16}))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name = "-".join(filter(None, words))
