@@ -96,12 +96,13 @@ def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Mach
     half = narrow and k.dtype == torch.float16
     score = k.dtype if narrow else torch.float32
     tf32 = half or (k.dtype == torch.float32 and backends.allows_tf32())
+    precision = ("interpreted_" if on.interpreted else "") + ("tf32" if tf32 else "ieee")
     arguments = {
         "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "slot_mask_ptr": _bytes(slot_mask),
         "input_mask_ptr": _bytes(input_mask), "scale": scale_of(q, scale), "eps": eps, "H": H, "K": K, "N": N, "D": D,
         "E": Dv, "P": chosen.parts, "DENOMINATOR": denominator, "GROUP": chosen.group, "CHUNKS": chosen.chunks,
         "ROWS": chosen.rows, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d, "SCORE_TYPE": TYPES[score],
-        "TYPE": TYPES[kind], "PRECISION": "interpreted" if on.interpreted else "tf32" if tf32 else "ieee",
+        "TYPE": TYPES[kind], "PRECISION": precision,
     }  # fmt: skip
     arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
     distances = [arguments[f"{name}_stride_{of}"] for name in "kv" for of in "bhn"]

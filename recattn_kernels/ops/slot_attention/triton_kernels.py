@@ -31,10 +31,21 @@ def chunks_of(width, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x in TYPE as a product has it: of float32 in TF32 it drops the last 13 bits."""
+    x = x.to(TYPE)
+    if x.dtype == tl.float32 and (PRECISION == "tf32" or PRECISION == "interpreted_tf32"):
+        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def product(a, b, total, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b, in TYPE, summed in float32."""
-    if PRECISION == "interpreted":  # Triton's interpreter multiplies the bits of bfloat16
-        total = tl.dot(a.to(TYPE).to(tl.float32), b.to(TYPE).to(tl.float32), total)
+    if PRECISION == "interpreted_ieee" or PRECISION == "interpreted_tf32":
+        # Triton's interpreter multiplies the bits of bfloat16, and all of those of float32.
+        a, b = rounded(a, TYPE, PRECISION), rounded(b, TYPE, PRECISION)
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
         total = tl.dot(a.to(TYPE), b.to(TYPE), total, input_precision=PRECISION)
     return total
@@ -151,7 +162,8 @@ def forward_kernel(
         if not DENOMINATOR:
             weights = tl.where(valid[:, None] & keep[None, :], attn + eps, 0.0)
         # The sum of the weights as the product has them: what rounding does to them cancels.
-        den += tl.sum(weights.to(TYPE).to(tl.float32), 1)
+        weights = rounded(weights, TYPE, PRECISION)
+        den += tl.sum(weights.to(tl.float32), 1)
         for h in range(GROUP):
             values = keys
             if v_ptr is not None:
@@ -189,10 +201,13 @@ def finish_forward_kernel(
 
 
 @triton.jit
-def flow(du_ptr, den, row, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr):
+def flow(
+    du_ptr, den, row, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """g = dupdates / den of a chunk, rounded as the products round it: then g . v - g . updates loses nothing."""
     du = load_rows(du_ptr, row, E, valid, E, c, BLOCK_D).to(tl.float32)
-    return tl.where((den == 0.0)[:, None], 0.0, du / tl.where(den == 0.0, 1.0, den)[:, None]).to(TYPE)
+    g = tl.where((den == 0.0)[:, None], 0.0, du / tl.where(den == 0.0, 1.0, den)[:, None])
+    return rounded(g, TYPE, PRECISION)
 
 
 @partial(
@@ -231,10 +246,10 @@ def backward_kernel(
         den = tl.load(den_ptr + row, mask=valid, other=0.0)
         delta = tl.zeros((ROWS,), tl.float32)
         for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
-            g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
+            g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
             updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
             delta += tl.sum(g.to(tl.float32) * updates, 1)
-        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE)
+        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
     total, bias_total = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS,), tl.float32)
     blocks = tl.cdiv(N, BLOCK_N)
     for block in range(blocks * part // P, blocks * (part + 1) // P):
@@ -256,7 +271,7 @@ def backward_kernel(
                     elif GROUP * CHUNKS > 1:
                         values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
                     if CHUNKS > 1:
-                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
+                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
                     grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
             grad -= delta[:, None]
         if dattn_ptr is not None:
