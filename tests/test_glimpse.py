@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recattn_kernels import glimpse, registry
+from recattn_kernels.ops.glimpse import contract
+from recattn_kernels.ops.glimpse.api import normalise
 
 Array = NDArray[Any]
 BACKENDS = ("reference", "cpp")
@@ -305,3 +307,15 @@ def test_zoom_as_numbers_and_as_a_tensor(backend: str) -> None:
     number: Tensor = glimpse(IMAGE, LOC, 4, zoom=1.5, backend=backend)
     assert torch.equal(glimpse(IMAGE, LOC, 4, zoom=torch.full((2,), 1.5), backend=backend), number)
     assert torch.equal(glimpse(IMAGE, LOC[:, None], 4, zoom=torch.full((2, 1), 1.5), backend=backend)[:, 0], number)
+
+
+def test_what_triton_refuses() -> None:
+    def refusal(channels: int, size: int | tuple[int, int], dtype: torch.dtype = torch.float32) -> str | None:
+        image = torch.empty(1, channels, 1, 1, dtype=dtype, device="meta")
+        loc = torch.empty(1, 2, dtype=dtype, device="meta")
+        return contract.BACKENDS["triton"](normalise(image, loc, size))
+
+    assert refusal(65535, (128, 65535)) is None
+    assert "float64" in str(refusal(1, 1, torch.float64))
+    assert "at most 65535, got 65536" in str(refusal(65536, 1))
+    assert "at most 8388480 cells, got 8388608" in str(refusal(1, (128, 65536)))

@@ -22,7 +22,7 @@ from recattn_kernels.triton_math import activate, derivative
 @triton.jit
 def positions(N, ROWS: tl.constexpr):
     """Which positions of which b this program takes: b, n (ROWS,), and which of them there are."""
-    blocks = tl.cdiv(N, ROWS)
+    blocks = tl.cdiv(tl.maximum(N, 1), ROWS)
     pid = tl.program_id(0)
     b = (pid // blocks).to(tl.int64)
     n = (pid % blocks) * ROWS + tl.arange(0, ROWS)
@@ -139,7 +139,7 @@ def values_backward_kernel(
         sums += tl.where(kept[:, None], v * flow, 0.0)
         if grad_values_ptr is not None:
             dv = tl.where(kept[:, None], softmax[:, None] * flow, 0.0)
-            out = rows_of(grad_values_ptr, b, n, N * D, D, ALIGNED)
+            out = rows_of(grad_values_ptr, b, n, N.to(tl.int64) * D, D, ALIGNED)
             tl.store(out + d, dv.to(grad_values_ptr.dtype.element_ty), mask=there[:, None] & (d < D))
     da = tl.sum(sums, 1)
     if grad_weights_ptr is not None:
@@ -192,7 +192,7 @@ def keys_backward_kernel(
         h = activate(k + query, 0.0, ACTIVATION)
         dk = tl.where(kept[:, None], de * weight * derivative(h, 0.0, ACTIVATION), 0.0)
         if grad_keys_ptr is not None:
-            out = rows_of(grad_keys_ptr, b, n, N * A, A, ALIGNED)
+            out = rows_of(grad_keys_ptr, b, n, N.to(tl.int64) * A, A, ALIGNED)
             tl.store(out + a, dk.to(grad_keys_ptr.dtype.element_ty), mask=there[:, None] & (a < A))
         tl.store(sums_ptr + share + a, tl.sum(dk, 0), mask=a < A)
         tl.store(sums_ptr + second + share + a, tl.sum(tl.where(kept[:, None], de * h, 0.0), 0), mask=a < A)
@@ -201,7 +201,7 @@ def keys_backward_kernel(
 @kernel
 def sum_rows_kernel(sums_ptr, out_ptr, R, A, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     # out (groups, A) = the sums over R rows each of sums (groups, R, A)
-    parts = tl.cdiv(A, BLOCK)
+    parts = tl.cdiv(tl.maximum(A, 1), BLOCK)
     pid = tl.program_id(0)
     group = (pid // parts).to(tl.int64)
     a = (pid % parts) * BLOCK + tl.arange(0, BLOCK)

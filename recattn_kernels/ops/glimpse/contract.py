@@ -13,6 +13,8 @@ COMPATIBLE = ("kevinzakka", "tf", "dpnn")
 MODES = (*SMOOTH, *COMPATIBLE)
 PADDINGS = ("zeros", "border", "reflect")
 COORDS = ("xy", "yx")
+BLOCK = 128  # cells of a program of Triton's
+MOST_PROGRAMS = 65535  # in each dimension of CUDA's grids but the first
 
 
 def empty(
@@ -30,6 +32,11 @@ def _cpp_refusal(call: Call) -> str | None:
 def _triton_refusal(call: Call) -> str | None:
     if call.inputs[1] is not None and call.inputs[1].dtype == torch.float64:
         return "it computes in float32, loc is float64"
+    channels, (height, width) = call.x.shape[1], call.options[:2]
+    if channels > MOST_PROGRAMS:
+        return f"image's channels must be at most {MOST_PROGRAMS}, got {channels}"
+    if height * width > MOST_PROGRAMS * BLOCK:
+        return f"size must be of at most {MOST_PROGRAMS * BLOCK} cells, got {height * width}"
     return None
 
 

@@ -12,12 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from recattn_kernels.ops.glimpse.contract import COMPATIBLE, MODES, PADDINGS, empty
+from recattn_kernels.ops.glimpse.contract import BLOCK, COMPATIBLE, MODES, PADDINGS, empty
 from recattn_kernels.ops.glimpse.triton_backward_kernels import image_kernel, point_kernel
 from recattn_kernels.ops.glimpse.triton_forward_kernels import forward_kernel, whole_forward_kernel
 from recattn_kernels.triton_launch import Launch, SameCompilation, Variant, Variants, guard
 
-BLOCK, TAPS = 128, 4  # cells of a program, and pixels of a row that each reads at once
+TAPS = 4  # pixels of a row that each cell of a block reads at once
 PIXELS, CELLS = 32, 16  # sides of the tile of an image's gradient, and of the tiles of cells that it gathers
 
 

@@ -51,9 +51,13 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     group = H if joint else 1
     samples, rows = B * H // max(group, 1), max(16, triton.next_power_of_2(group * K))
     widest = max(16, triton.next_power_of_2(max(D, Dv)))
-    # What the registers hold, as tests/test_aot.py finds it. Products in float32 need many times those of bfloat16.
-    if q.dtype == k.dtype == torch.bfloat16:
-        block_d = min(widest, 256, (4096 if rows >= 64 else 8192) // rows)
+    # What the registers hold, as tests/test_aot.py finds it. Exact products in float32 need many times those of matrix
+    # units, and those in TF32, which float16's are, twice the shared memory of bfloat16's, and on AMD
+    # more registers.
+    half_backward = backward and k.dtype == torch.float16
+    if _is_narrow(q, k, v) and not (half_backward and on.lanes == 64):
+        fewest = 32 if half_backward else 64
+        block_d = min(widest, 256, (4096 if rows >= fewest else 8192) // rows)
         block_n = min(8192 // block_d, 32 if backward else 128, (512 if backward else 2048) // rows)
         num_warps = 4 if rows * block_d <= 1024 else 8
         if group > 1:  # a product of each head is kept beside the sum
@@ -65,11 +69,20 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     if on.interpreted:
         block_n = INTERPRETER_BLOCK
     chunks = triton.cdiv(max(D, Dv, 1), block_d)
-    # Enough programs for every multiprocessor to have a few, but a few blocks for each.
+    # Enough programs for every multiprocessor to have a few, but a few blocks for each unless some would have none.
     wanted = triton.cdiv(4 * on.multiprocessors, max(samples * chunks, 1))
     blocks = triton.cdiv(N, block_n)
-    parts = 2 if on.interpreted and blocks > 1 else max(1, min(wanted, blocks // 4))
+    parts = max(1, min(wanted, blocks // 4))
+    if samples * chunks * parts < on.multiprocessors:
+        parts = max(1, min(wanted, blocks))
+    if on.interpreted:
+        parts = min(2, max(1, blocks))
     return Plan(group, samples, rows, block_n, block_d, chunks, parts, num_warps)
+
+
+def _is_narrow(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether all that is multiplied has the same 16 bits."""
+    return q.dtype == k.dtype != torch.float32 and (v is None or v.dtype == k.dtype)
 
 
 def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
@@ -78,19 +91,22 @@ def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Mach
     scale, eps, denominator, _, _ = options
     _, H, K, N, D, Dv = sizes_of(q, k, v)
     # A is 1e-8 where float16 ends at 6e-8: beside it, the other products are in TF32, which holds all of float16.
-    narrow = q.dtype == k.dtype and (v is None or v.dtype == k.dtype)
+    narrow = _is_narrow(q, k, v)
     kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
     half = narrow and k.dtype == torch.float16
     score = k.dtype if narrow else torch.float32
     tf32 = half or (k.dtype == torch.float32 and backends.allows_tf32())
+    precision = ("interpreted_" if on.interpreted else "") + ("tf32" if tf32 else "ieee")
     arguments = {
         "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "slot_mask_ptr": _bytes(slot_mask),
         "input_mask_ptr": _bytes(input_mask), "scale": scale_of(q, scale), "eps": eps, "H": H, "K": K, "N": N, "D": D,
         "E": Dv, "P": chosen.parts, "DENOMINATOR": denominator, "GROUP": chosen.group, "CHUNKS": chosen.chunks,
         "ROWS": chosen.rows, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d, "SCORE_TYPE": TYPES[score],
-        "TYPE": TYPES[kind], "PRECISION": "interpreted" if on.interpreted else "tf32" if tf32 else "ieee",
+        "TYPE": TYPES[kind], "PRECISION": precision,
     }  # fmt: skip
-    return arguments | _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
+    arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
+    distances = [arguments[f"{name}_stride_{of}"] for name in "kv" for of in "bhn"]
+    return arguments | {"ALIGNED": all(size % 16 == 0 for size in (D, Dv, *distances))}
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -214,9 +230,11 @@ def example(
 
 
 def aot_variants(lanes: int, full: bool) -> Variants:
-    """Launches that cover the kernels: the shapes of the workloads, the widest, and every option."""
-    some = ((torch.bfloat16, 7, 64, False), (torch.float16, 10, 512, True))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in ((7, 64), (16, 256), (128, 512)) for f in (False, K <= 16))
+    """Launches that cover the kernels: the shapes of the workloads, the widest, every option, and rows out of line."""
+    BF16, F16 = torch.bfloat16, torch.float16
+    some = ((BF16, 7, 64, False), (F16, 10, 512, True), (BF16, 7, 250, False), (F16, 24, 256, False))
+    shapes = ((7, 64), (16, 256), (24, 256), (128, 512), (7, 60), (16, 250), (128, 500))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 16}))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name = "-".join(filter(None, words))

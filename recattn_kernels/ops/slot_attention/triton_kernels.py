@@ -2,12 +2,15 @@
 
 A sample is what one softmax goes over: a head, or, where they are joint, the GROUP heads of a row of the batch; its
 rows are the slots of its heads, padded to ROWS. Where a width is more than BLOCK_D, each of its chunks has programs of
-its own, which all compute A. An absent argument is None.
+its own, which all compute A. An absent argument is None. ALIGNED: every row of q, k and v, and of their gradients,
+begins at a multiple of 16 numbers, so that a lane loads 16 bytes at once, and ahead of the products.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -16,10 +19,33 @@ from recattn_kernels.triton_launch import kernel
 
 
 @triton.jit
+def hint(value, ALIGNED: tl.constexpr):
+    # tl.multiple_of says nothing of a kernel's argument.
+    return value // 16 * 16 if ALIGNED else value
+
+
+@triton.jit
+def chunks_of(width, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """How many a loop goes over. Known only at run time, else it is unrolled and finds no registers."""
+    return 1 if CHUNKS == 1 else tl.cdiv(width, BLOCK_D)
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x in TYPE as a product has it: of float32 in TF32 it drops the last 13 bits."""
+    x = x.to(TYPE)
+    if x.dtype == tl.float32 and (PRECISION == "tf32" or PRECISION == "interpreted_tf32"):
+        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def product(a, b, total, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b, in TYPE, summed in float32."""
-    if PRECISION == "interpreted":  # Triton's interpreter multiplies the bits of bfloat16
-        total = tl.dot(a.to(TYPE).to(tl.float32), b.to(TYPE).to(tl.float32), total)
+    if PRECISION == "interpreted_ieee" or PRECISION == "interpreted_tf32":
+        # Triton's interpreter multiplies the bits of bfloat16, and all of those of float32.
+        a, b = rounded(a, TYPE, PRECISION), rounded(b, TYPE, PRECISION)
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
         total = tl.dot(a.to(TYPE), b.to(TYPE), total, input_precision=PRECISION)
     return total
@@ -82,7 +108,7 @@ def attention(
         scores = product(q, tl.trans(first), scores, TYPE, PRECISION)
     else:
         for h in range(GROUP):
-            for c in range(CHUNKS):
+            for c in range(chunks_of(D, CHUNKS, BLOCK_D)):
                 keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, c, BLOCK_D)
                 queries = load_rows(q_ptr, row, D, valid, D, c, BLOCK_D)
                 scores = product_of_head(queries, tl.trans(keys), scores, head, h, GROUP, TYPE, PRECISION)
@@ -94,18 +120,22 @@ def attention(
     return tl.where(valid[:, None] & keep[None, :], attn, 0.0), first
 
 
-@kernel
+@partial(kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "sums_ptr"))
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, attn_ptr, sums_ptr, den_ptr, scale, eps,
     H, K, N, D, E, P, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     DENOMINATOR: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # A[k, n] = softmax over k of scale * q[k] . k[n] + bias[k];  of each part of the inputs
     # sums[k] = sum over n of (A[k, n] + eps) v[n],  den[k] = sum over n of (A[k, n] + eps)
     sample, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first_head, first_row, head, exists, valid = sample_rows(slot_mask_ptr, sample, H, K, GROUP, ROWS)
     row = first_row + tl.arange(0, ROWS)
+    D, E = hint(D, ALIGNED), hint(E, ALIGNED)
+    k_stride_b, k_stride_h, k_stride_n = hint(k_stride_b, ALIGNED), hint(k_stride_h, ALIGNED), hint(k_stride_n, ALIGNED)
+    v_stride_b, v_stride_h, v_stride_n = hint(v_stride_b, ALIGNED), hint(v_stride_h, ALIGNED), hint(v_stride_n, ALIGNED)
     k_ptr += b * k_stride_b + first_head.to(tl.int64) * k_stride_h
     if v_ptr is not None:
         v_ptr += b * v_stride_b + first_head.to(tl.int64) * v_stride_h
@@ -132,7 +162,8 @@ def forward_kernel(
         if not DENOMINATOR:
             weights = tl.where(valid[:, None] & keep[None, :], attn + eps, 0.0)
         # The sum of the weights as the product has them: what rounding does to them cancels.
-        den += tl.sum(weights.to(TYPE).to(tl.float32), 1)
+        weights = rounded(weights, TYPE, PRECISION)
+        den += tl.sum(weights.to(tl.float32), 1)
         for h in range(GROUP):
             values = keys
             if v_ptr is not None:
@@ -170,19 +201,25 @@ def finish_forward_kernel(
 
 
 @triton.jit
-def flow(du_ptr, den, row, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr):
+def flow(
+    du_ptr, den, row, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """g = dupdates / den of a chunk, rounded as the products round it: then g . v - g . updates loses nothing."""
     du = load_rows(du_ptr, row, E, valid, E, c, BLOCK_D).to(tl.float32)
-    return tl.where((den == 0.0)[:, None], 0.0, du / tl.where(den == 0.0, 1.0, den)[:, None]).to(TYPE)
+    g = tl.where((den == 0.0)[:, None], 0.0, du / tl.where(den == 0.0, 1.0, den)[:, None])
+    return rounded(g, TYPE, PRECISION)
 
 
-@kernel
+@partial(
+    kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "updates_ptr", "du_ptr", "dk_ptr", "dv_ptr", "sums_ptr")
+)  # fmt: skip
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, updates_ptr, den_ptr, du_ptr, dattn_ptr,
     dk_ptr, dv_ptr, sums_ptr, sums_bias_ptr, scale, eps, H, K, N, D, E, P,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     DENOMINATOR: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     # g = dupdates / den;  dA[k, n] = g[k] . v[n] - g[k] . updates[k] + dattn[k, n]
     # dS = A * (dA - sum over j of A[j, n] dA[j, n])
@@ -191,6 +228,9 @@ def backward_kernel(
     sample, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, first_head, first_row, head, exists, valid = sample_rows(slot_mask_ptr, sample, H, K, GROUP, ROWS)
     row = first_row + tl.arange(0, ROWS)
+    D, E = hint(D, ALIGNED), hint(E, ALIGNED)
+    k_stride_b, k_stride_h, k_stride_n = hint(k_stride_b, ALIGNED), hint(k_stride_h, ALIGNED), hint(k_stride_n, ALIGNED)
+    v_stride_b, v_stride_h, v_stride_n = hint(v_stride_b, ALIGNED), hint(v_stride_h, ALIGNED), hint(v_stride_n, ALIGNED)
     out_head = b * H + first_head
     k_ptr += b * k_stride_b + first_head.to(tl.int64) * k_stride_h
     if v_ptr is not None:
@@ -205,11 +245,11 @@ def backward_kernel(
     if du_ptr is not None:
         den = tl.load(den_ptr + row, mask=valid, other=0.0)
         delta = tl.zeros((ROWS,), tl.float32)
-        for c in range(CHUNKS):
-            g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
+        for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
+            g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
             updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
             delta += tl.sum(g.to(tl.float32) * updates, 1)
-        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE)
+        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
     total, bias_total = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS,), tl.float32)
     blocks = tl.cdiv(N, BLOCK_N)
     for block in range(blocks * part // P, blocks * (part + 1) // P):
@@ -224,14 +264,14 @@ def backward_kernel(
         grad = tl.zeros((ROWS, BLOCK_N), tl.float32)
         if du_ptr is not None:
             for h in range(GROUP):
-                for c in range(CHUNKS):
+                for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
                     values, g_c = keys, own_g
                     if v_ptr is not None:
                         values = load_rows(v_ptr + h * v_stride_h, n, v_stride_n, keep, E, c, BLOCK_D)
                     elif GROUP * CHUNKS > 1:
                         values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
                     if CHUNKS > 1:
-                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE)
+                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
                     grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
             grad -= delta[:, None]
         if dattn_ptr is not None:
