@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 
@@ -87,9 +87,22 @@ class Launch:
         cap = {"maxnreg": self.registers} if backend == "cuda" else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion} | cap
 
-    def run(self, **moved: int) -> None:
-        """moved: arguments in place of those of the same name."""
-        self.kernel[self.grid](**(self.args | moved), **self.options("hip" if torch.version.hip else "cuda"))
+    def run(self, **moved: int) -> Any:
+        """moved: arguments in place of those of the same name. Returns the compiled kernel, if it was compiled."""
+        return self.kernel[self.grid](**(self.args | moved), **self.options("hip" if torch.version.hip else "cuda"))
+
+    def first_step(self) -> Callable[[int], Any]:
+        """Launches with i = 0, and returns what launches with any i after it."""
+        compiled = self.run(i=0)
+        if not isinstance(compiled, CompiledKernel):  # nothing is compiled in the interpreter
+            return lambda i: self.run(i=i)
+        # As kernel() does not specialise on i, this is the code that run() would find again for every i. It takes all
+        # of the parameters in order, and launches on torch's current stream.
+        again = compiled[(*self.grid, 1, 1)[:3]]
+        values = [self.args[name] for name in self.kernel.arg_names]
+        before = self.kernel.arg_names.index("i")
+        head, tail = values[:before], values[before + 1 :]
+        return lambda i: again(*head, i, *tail)
 
     def specialisation(self, target: GPUTarget) -> tuple[Any, ...]:
         """Options, signature, constexprs and attributes that a call with these arguments is compiled for on target.
@@ -110,6 +123,18 @@ class Launch:
         return triton.compile(
             ASTSource(self.kernel, signature, constexprs, attributes), target=target, options=options.__dict__
         )
+
+
+def run_steps(launches: Sequence[Launch], steps: int) -> None:
+    """The launches of a step, in order, for each i from 0 on.
+
+    Triton binds and hashes every argument of a launch, which with dozens of them takes the CPU longer than a step takes
+    the GPU: here it does so for the first step alone.
+    """
+    again = [launch.first_step() for launch in launches if steps > 0]
+    for i in range(1, steps):
+        for launch in again:
+            launch(i)
 
 
 class Variant(NamedTuple):

@@ -166,3 +166,17 @@ def test_float32_is_multiplied_exactly_unless_torch_allows_less(hidden: int, mon
 
     assert tf32(False) == [False, False]
     assert tf32(True) == [True, True]
+
+
+@test_aot.needs_compiler
+@pytest.mark.parametrize(
+    ("B", "H", "blocks"), [(1, 512, (16, 16)), (50, 512, (16, 16)), (512, 256, (16, 32)), (4096, 256, (64, 32))]
+)
+def test_a_step_is_split_for_as_many_multiprocessors_as_it_can_fill(B: int, H: int, blocks: tuple[int, int]) -> None:
+    from recattn_kernels.ops.gated import triton_aot
+
+    shape = triton_aot.Shape(torch.bfloat16, torch.bfloat16, H, "plain", B=B)
+    for (launch,) in triton_aot.example("lstm", shape, triton_aot.machine(32)):
+        rows, units = launch.args["BLOCK_B"], launch.args["BLOCK_H"]
+        assert (rows, units) == blocks
+        assert launch.grid == (-(-B // rows), -(-H // units))

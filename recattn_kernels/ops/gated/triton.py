@@ -36,7 +36,7 @@ from recattn_kernels.ops.gated.triton_step_kernels import (
     forward_step_kernel,
 )
 from recattn_kernels.strides import contiguous
-from recattn_kernels.triton_launch import Launch, Machine, guard, machine
+from recattn_kernels.triton_launch import Launch, Machine, guard, machine, run_steps
 
 FEW_ROWS = 4  # of a sequence kernel's program whose products take no matrix unit
 
@@ -118,10 +118,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
             return output, h_n, c_n, kept
         states = float_state(call, call.h0).repeat(2, 1, 1)
         c = float_state(call, call.c0) if call.has_c else None
-        launches = forward_step(call, output, kept, states, c, on)
-        for i in range(T):
-            for launch in launches:
-                launch.run(i=i)
+        run_steps(forward_step(call, output, kept, states, c, on), T)
         h_n.copy_(states[T % 2])
         if c is not None:
             c_n.copy_(c)
@@ -172,10 +169,7 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
         else:
             dh = float_state(call, grad_h_n)
             dc = float_state(call, grad_c_n) if call.has_c else None
-            launches = backward_step(grad_output, call, kept, dx, dq, dh, dc, on)
-            for i in range(T):
-                for launch in launches:
-                    launch.run(i=i)
+            run_steps(backward_step(grad_output, call, kept, dx, dq, dh, dc, on), T)
             if call.h0 is not None:
                 dh0.copy_(dh + through_first(call, dq))
             if call.c0 is not None and dc is not None:

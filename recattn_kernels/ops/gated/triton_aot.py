@@ -34,8 +34,8 @@ SOME = (
     Shape(BF16, BF16, 64, "gated", reverse=True),
     Shape(F16, F16, 128, "biased"),
     Shape(BF16, BF16, 512, "gated"),
-    Shape(F16, F16, 512, "plain", B=64),
-    Shape(F32, F32, 512, "gated", B=64),
+    Shape(F16, F16, 512, "plain", B=4096),
+    Shape(F32, F32, 512, "gated", B=4096),
     Shape(BF16, F32, 511, "gated"),
 )
 OF_GRU_BEFORE = (SOME[2], SOME[3], SOME[4], SOME[6])  # the others show nothing that the gru's do not
@@ -48,7 +48,7 @@ ALL = tuple(
     Shape(x, weight_hh, hidden, options, reverse, B=B)
     for (x, weight_hh), hidden, options, reverse, B in itertools.product(
         ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)), (7, 32, 64, 100, 128, 256, 511), ("plain", "gated"),
-        (False, True), (3, 32, 64),
+        (False, True), (3, 512, 1024, 4096),  # each of the step kernels' blocks, for 256 units
     )
 )  # fmt: skip
 ALL_NORMED = tuple(
@@ -58,8 +58,8 @@ ALL_NORMED = tuple(
 
 
 def machine(lanes: int) -> Machine:
-    """The least shared memory among the architectures that are tested."""
-    return Machine(lanes, 1, 163 * 2**10 if lanes == 32 else 2**16)
+    """The least shared memory among the architectures that are tested; an H100's multiprocessors."""
+    return Machine(lanes, 132, 163 * 2**10 if lanes == 32 else 2**16)
 
 
 def example(cell: str, shape: Shape, on: Machine) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,12 @@ class Config(NamedTuple):
 
 
 REGISTERS = 255
-# One product's blocks of a step kernel, by the bytes of a weight. The rows are those of the first line that has enough.
+# One product's blocks of a step kernel, by the bytes of a weight: the first of which every multiprocessor has one, else
+# the last. Large ones read weights and states less often; but a step that is short of programs waits for its loads, and
+# gets more of them in flight from more programs. An estimate, as nothing has run on a GPU.
 STEP = {
-    2: (Config(16, 32, 64, 4, 3), Config(32, 32, 64, 4, 3), Config(64, 32, 64, 8, 3)),
-    4: (Config(16, 16, 32, 4, 3), Config(32, 32, 32, 8, 3)),
+    2: (Config(64, 32, 64, 8, 3), Config(32, 32, 64, 4, 3), Config(16, 32, 64, 4, 3), Config(16, 16, 64, 4, 3)),
+    4: (Config(32, 32, 32, 8, 3), Config(16, 16, 32, 4, 3)),
 }
 # Where rows of weights do not start at multiples of 16 bytes, and elements are loaded one by one.
 UNALIGNED_STEP = Config(16, 16, 32, 4)
@@ -44,14 +47,18 @@ def precision(weight_hh: Tensor) -> str:
     return "tf32" if weight_hh.dtype == torch.float32 and backends.allows_tf32() else "ieee"
 
 
-def step_config(call: Call, on: Machine) -> Config:
-    _, B, H = call.sizes
+def step_grid(call: Call, chosen: Config, width: int) -> tuple[int, int]:
+    return triton.cdiv(call.sizes[1], chosen.rows), triton.cdiv(width, chosen.units)
+
+
+def step_config(call: Call, on: Machine, width: int) -> Config:
     if on.interpreted:
         return INTERPRETER_STEP
-    if H % 8 != 0:
+    if call.sizes[2] % 8 != 0:
         return UNALIGNED_STEP
     table = STEP[call.weight_hh.element_size()]
-    return next((chosen for chosen in table if chosen.rows >= B), table[-1])
+    filling = (chosen for chosen in table if math.prod(step_grid(call, chosen, width)) >= on.multiprocessors)
+    return next(filling, table[-1])
 
 
 def arguments(call: Call, chosen: Config) -> dict[str, Any]:
@@ -102,12 +109,13 @@ def backward_arguments(grad_output: Tensor | None, call: Call, kept: Kept, dx: T
 
 def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any], width: int | None = None) -> Launch:
     """Over a grid of blocks of rows, and of units or of `width`."""
-    _, B, H = call.sizes
-    chosen = step_config(call, on)
-    grid = (triton.cdiv(B, chosen.rows), triton.cdiv(H if width is None else width, chosen.units))
+    H = call.sizes[2]
+    width = H if width is None else width
+    chosen = step_config(call, on, width)
     given = arguments(call, chosen) | {"BLOCK_K": chosen.inner, "ALIGNED": H % 8 == 0, "i": 0} | own
     args = {name: given[name] for name in kernel.arg_names}
-    return Launch(kernel, grid, args, chosen.num_warps * 32 // on.lanes, REGISTERS, chosen.num_stages)
+    grid, num_warps = step_grid(call, chosen, width), chosen.num_warps * 32 // on.lanes
+    return Launch(kernel, grid, args, num_warps, REGISTERS, chosen.num_stages)
 
 
 def empty_sums(call: Call) -> Tensor:

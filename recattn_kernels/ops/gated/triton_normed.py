@@ -28,7 +28,7 @@ from recattn_kernels.ops.gated.triton_normed_kernels import (
     forward_normed_kernel,
     forward_product_kernel,
 )
-from recattn_kernels.triton_launch import Launch, Machine
+from recattn_kernels.triton_launch import Launch, Machine, run_steps
 
 VALUES = 4  # of a tile for each thread
 WARPS = (2, 16)  # at least, and at most
@@ -63,10 +63,7 @@ def forward_step(
 
 def forward(call: Call, output: Tensor, h_n: Tensor, c_n: Tensor, kept: Kept, on: Machine) -> None:
     h, c = float_state(call, call.h0), float_state(call, call.c0) if call.has_c else None
-    launches = forward_step(call, output, kept, h, c, on)
-    for i in range(call.sizes[0]):
-        for launch in launches:
-            launch.run(i=i)
+    run_steps(forward_step(call, output, kept, h, c, on), call.sizes[0])
     h_n.copy_(h)
     if c is not None:
         c_n.copy_(c)
@@ -91,10 +88,7 @@ def backward(
     grad_output, grad_h_n, grad_c_n = grads
     dx, _, dh0, dc0 = results[:4]
     dh, dc = float_state(call, grad_h_n), float_state(call, grad_c_n) if call.has_c else None
-    launches = backward_step(grad_output, call, kept, dx, dq, dh, dc, sums, on)
-    for i in range(call.sizes[0]):
-        for launch in launches:
-            launch.run(i=i)
+    run_steps(backward_step(grad_output, call, kept, dx, dq, dh, dc, sums, on), call.sizes[0])
     if call.h0 is not None:
         dh0.copy_(dh)
     if call.c0 is not None and dc is not None:
