@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the gpu targets write their results.
 OUT ?= gpu-results
-# What gpu-bench runs: BENCH="--op lstm --dtype bfloat16".
+# Options of the benchmark: make bench BENCH="--op lstm --dtype bfloat16".
 BENCH ?=
 # Seconds that a gpu target takes at most, its build included.
 GPU_LIMIT := 470
@@ -46,7 +46,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml \
 setup: $(VENV)/build.stamp
 
 bench: setup
-	$(BIN)/python -m recattn_kernels bench
+	$(BIN)/python -m recattn_kernels bench $(BENCH)
 
 # A process a core. Each has threads of its own, which must not spin while they wait for one another.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
