@@ -30,8 +30,8 @@ from recattn_kernels.ops.gated.triton_normed_kernels import (
 )
 from recattn_kernels.triton_launch import Launch, Machine, run_steps
 
-VALUES = 4  # of a tile for each thread
-WARPS = (2, 16)  # at least, and at most
+VALUES = 2  # of a tile for each thread
+WARPS = (2, 32)  # at least, and at most
 
 
 def row_config(call: Call, on: Machine) -> Config:
