@@ -205,6 +205,16 @@ def time_of(i, T, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def whole_rows(B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Of a program that has all units of BLOCK_B rows: the rows, the units, which of them are there, one by one and
+    together, their places in (B, H), and B * H."""
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.arange(0, BLOCK_H)
+    rows, units = b < B, n < H
+    return b, n, rows, units, rows[:, None] & units[None, :], rows_at(0, b, H, n), B.to(tl.int64) * H
+
+
+@triton.jit
 def tile_at(ptr, t, stride_t, b, stride_b, n):
     """Pointers to the units n of the rows b at the place t of a sequence. (rows, units)"""
     return rows_at(ptr + t * stride_t.to(tl.int64), b, stride_b, n)

@@ -24,6 +24,7 @@ from recattn_kernels.ops.gated.triton_cells import (
     tile_at,
     time_of,
     to_float,
+    whole_rows,
 )
 from recattn_kernels.ops.gated.triton_normed_cells import (
     add_all,
@@ -67,12 +68,7 @@ def forward_normed_kernel(
     # q = LN(W_hh h[t-1]) + bias_hh;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1]), of the i-th step taken
     # h, c (B, H): the states, which this kernel brings up to date.
     t = time_of(i, T, REVERSE)
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    rows, units = b < B, n < H
-    mask = rows[:, None] & units[None, :]
-    size = B.to(tl.int64) * H
-    column = (b.to(tl.int64) * H)[:, None] + n[None, :]
+    b, n, rows, units, mask, column, size = whole_rows(B, H, BLOCK_B, BLOCK_H)
     proceeds = proceeds_at(reset_ptr, t, reset_stride_t, b, reset_stride_b, rows)
     valid = t < length_of(lengths_ptr, b, rows, T)
     products = load_tiles(rows_at(products_ptr, b, GATES * H, n), H, mask, GATES)
@@ -115,12 +111,7 @@ def backward_normed_kernel(
     # dh, dc (B, H): what reaches the states after a step, and then, but for the product, before it.
     # sums (B, ...): of each row, the gradients of LN's parameters, side by side. i counts from the last step.
     t = time_of(i, T, not REVERSE)
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    rows, units = b < B, n < H
-    mask = rows[:, None] & units[None, :]
-    size = B.to(tl.int64) * H
-    column = (b.to(tl.int64) * H)[:, None] + n[None, :]
+    b, n, rows, units, mask, column, size = whole_rows(B, H, BLOCK_B, BLOCK_H)
     length = length_of(lengths_ptr, b, rows, T)
     valid = t < length
     proceeds = proceeds_at(reset_ptr, t, reset_stride_t, b, reset_stride_b, rows)

@@ -29,6 +29,7 @@ from recattn_kernels.ops.gated.triton_cells import (
     time_of,
     to_float,
     where_all,
+    whole_rows,
 )
 from recattn_kernels.ops.gated.triton_normed_cells import (
     add_all,
@@ -53,12 +54,7 @@ def forward_sequence_kernel(
 ):  # fmt: skip
     # q = LN(W_hh h[t-1]) + bias_hh, without LN if it has no weight;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1])
     H = BLOCK_H if EXACT else H
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    rows, units = b < B, n < H
-    mask = rows[:, None] & units[None, :]
-    column = (b.to(tl.int64) * H)[:, None] + n[None, :]
-    size = B.to(tl.int64) * H
+    b, n, rows, units, mask, column, size = whole_rows(B, H, BLOCK_B, BLOCK_H)
     weights = load_tiles(
         weight_hh_ptr + n[None, :] * H + n[:, None], H * H, units[None, :] & units[:, None], GATES
     )  # (BLOCK_H, BLOCK_H) each, transposed
@@ -129,12 +125,7 @@ def backward_sequence_kernel(
     # dh[t] = clip(dy[t] + dh');  dx[t], dq[t] = cell's backward of it;  dh' = dq[t] W_hh + what is past dq[t]
     # With LN, dq[t] has come through it too. sums (B, ...): of each row, the gradients of its parameters, side by side.
     H = BLOCK_H if EXACT else H
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    rows, units = b < B, n < H
-    mask = rows[:, None] & units[None, :]
-    column = (b.to(tl.int64) * H)[:, None] + n[None, :]
-    size = B.to(tl.int64) * H
+    b, n, rows, units, mask, column, size = whole_rows(B, H, BLOCK_B, BLOCK_H)
     weights = load_tiles(
         weight_hh_ptr + n[:, None] * H + n[None, :], H * H, units[None, :] & units[:, None], GATES
     )  # (BLOCK_H, BLOCK_H) each

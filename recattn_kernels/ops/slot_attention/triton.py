@@ -52,8 +52,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     samples, rows = B * H // max(group, 1), max(16, triton.next_power_of_2(group * K))
     widest = max(16, triton.next_power_of_2(max(D, Dv)))
     # What the registers hold, as tests/test_aot.py finds it. Exact products in float32 need many times those of matrix
-    # units, and those in TF32, which float16's are, twice the shared memory of bfloat16's, and on AMD
-    # more registers.
+    # units, and those in TF32, which float16's are, twice the shared memory of bfloat16's, and on AMD more registers.
     half_backward = backward and k.dtype == torch.float16
     if _is_narrow(q, k, v) and not (half_backward and on.lanes == 64):
         fewest = 32 if half_backward else 64
