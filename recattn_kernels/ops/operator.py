@@ -31,7 +31,9 @@ class Operator:
     inputs, options: as in a schema ("Tensor q, Tensor? bias", "float scale, bool joint"); at least one input is there.
     outputs: names of the results. kept: of those that only the backward reads. saves: which of both the backward gets;
         it gets all inputs.
+    elsewhere: the inputs whose gradients the backward leaves to another op, to which it hands what that takes.
     definition(*inputs, *options): the reference, which gives a tuple of the outputs; None for one that was not asked.
+        With create_graph=True it gives the gradients of all inputs.
     empty(*inputs, *options): outputs and kept, as empty tensors; an absent one has no elements.
 
     A backend is a module with
@@ -51,9 +53,11 @@ class Operator:
         options: str = "",
         kept: Sequence[str] = (),
         saves: Sequence[str] = (),
+        elsewhere: Sequence[str] = (),
     ) -> None:
         self.name, self.definition, self.empty = name, definition, empty
         names = [part.split()[1] for part in inputs.split(", ")]
+        self.here = [name not in elsewhere for name in names]
         self.inputs, self.outputs = len(names), len(outputs)
         self.saves = tuple((*outputs, *kept).index(s) for s in saves)
         arguments = ", ".join(filter(None, (inputs, options)))
@@ -74,14 +78,17 @@ class Operator:
 
     def run(self, table: backends.Table, backend: str | None, call: Call) -> Sequence[Any]:
         """The outputs, on the backend that is asked for."""
-        backend = backends.choose(self.name, backend, table, call)
+        return self.on(backends.choose(self.name, backend, table, call), call.inputs, call.options)
+
+    def on(self, backend: str, inputs: Sequence[Tensor | None], options: Sequence[Any]) -> Sequence[Any]:
+        """The outputs, on a backend that takes the call."""
         if backend == "reference":
-            return self.definition(*call.inputs, *call.options)
-        if backends.dispatches(*call.inputs):
-            return _wrapped(self._op(*call.inputs, *call.options, backend))[: self.outputs]
-        if _needs_grad(call.inputs):
-            return self.apply(self._forward, *call.inputs, *call.options, backend)[: self.outputs]
-        return self._forward(*call.inputs, *call.options, backend)[: self.outputs]
+            return self.definition(*inputs, *options)
+        if backends.dispatches(*inputs):
+            return _wrapped(self._op(*inputs, *options, backend))[: self.outputs]
+        if _needs_grad(inputs):
+            return self.apply(self._forward, *inputs, *options, backend)[: self.outputs]
+        return self._forward(*inputs, *options, backend)[: self.outputs]
 
     @property
     def _op(self) -> Any:
@@ -139,10 +146,12 @@ def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
             kept = ctx.saved_tensors  # once: reading them may compute them anew, as checkpoint() does
             inputs, saved = kept[: op.inputs], kept[op.inputs :]
             needs, grads = list(ctx.needs_input_grad[1 : 1 + op.inputs]), grads[: op.outputs]
+            again = torch.is_grad_enabled()  # create_graph=True
+            needs = [need and (again or here) for need, here in zip(needs, op.here, strict=True)]
             results: Results
             if all(g is None for g in grads):
                 results = [None for _ in inputs]
-            elif torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again
+            elif again:  # the reference can be differentiated once more
                 results = _recompute(op, inputs, ctx.rest[:-1], grads, needs)
             elif backends.dispatches(*grads, *inputs):
                 registered = getattr(torch.ops.recattn_kernels, f"{op.name}_backward").default
@@ -166,6 +175,8 @@ def _recompute(
     outputs = op.definition(*views, *options)
     pairs = zip(outputs, grads, strict=True)
     used = [(o, g) for o, g in pairs if o is not None and g is not None and o.requires_grad]
+    if not used:
+        return [None for _ in inputs]
     wanted = [v for v, need in zip(views, needs, strict=True) if v is not None and need]
     outputs, flow = zip(*used, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, flow, create_graph=True, allow_unused=True))
