@@ -12,14 +12,18 @@ namespace {
 // Address, dtype, strides over batch, heads and inputs.
 using RowsArgument = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
 
+using SlotsArgument = std::tuple<uintptr_t, int64_t>;  // address, step
+
+Slots slots(const SlotsArgument& a) { return {pointer(std::get<0>(a)), std::get<1>(a)}; }
+
 Rows rows(const RowsArgument& a) {
   return {pointer(std::get<0>(a)), Dtype(std::get<1>(a)), std::get<2>(a), std::get<3>(a), std::get<4>(a)};
 }
 
 // What both directions take: sizes (B, heads, K, N, D, Dv), whether R is double, (scale, eps), (denominator, joint),
 // threads, q, k, v, bias, slot_mask and input_mask.
-using Arguments = std::tuple<std::array<int64_t, 6>, bool, std::array<double, 2>, std::array<bool, 2>, int, uintptr_t,
-                             RowsArgument, RowsArgument, uintptr_t, uintptr_t, uintptr_t>;
+using Arguments = std::tuple<std::array<int64_t, 6>, bool, std::array<double, 2>, std::array<bool, 2>, int,
+                             SlotsArgument, RowsArgument, RowsArgument, SlotsArgument, uintptr_t, uintptr_t>;
 
 template <class P>
 P common(const Arguments& arguments) {
@@ -30,9 +34,9 @@ P common(const Arguments& arguments) {
   p.scale = numbers[0], p.eps = numbers[1];
   p.denominator = flags[0], p.joint = flags[1];
   p.threads = threads;
-  p.q = pointer(q);
+  p.q = slots(q);
   p.k = rows(k), p.v = rows(v);
-  p.bias = pointer(bias);
+  p.bias = slots(bias);
   p.slot_mask = pointer<uint8_t>(slot_mask);
   p.input_mask = pointer<uint8_t>(input_mask);
   return p;
@@ -51,14 +55,13 @@ void bind_slot_attention(py::module_& m) {
           RECATTN_RUN(slot_attention_forward, p);
         });
 
-  // grads: of q, bias (of R), k and v.
+  // flow: updates, den and grad_updates. grads: of q, bias (of R), k and v.
   m.def("slot_attention_backward",
-        [](const Arguments& arguments, uintptr_t updates, uintptr_t den, uintptr_t grad_updates,
+        [](const Arguments& arguments, int64_t times, const std::array<SlotsArgument, 3>& flow,
            const RowsArgument& grad_attn, const std::tuple<uintptr_t, uintptr_t, RowsArgument, RowsArgument>& grads) {
           auto p = common<SlotAttentionBackward>(arguments);
-          p.updates = pointer(updates);
-          p.den = pointer(den);
-          p.grad_updates = pointer(grad_updates);
+          p.times = times;
+          p.updates = slots(flow[0]), p.den = slots(flow[1]), p.grad_updates = slots(flow[2]);
           p.grad_attn = rows(grad_attn);
           p.grad_q = pointer(std::get<0>(grads));
           p.grad_bias = pointer(std::get<1>(grads));

@@ -17,6 +17,12 @@ struct Rows {
   int64_t stride_b = 0, stride_h = 0, stride_n = 0;
 };
 
+// Of every slot, in their order, something that begins `step` elements of R after the one before.
+struct Slots {
+  const void* data = nullptr;  // null: absent
+  int64_t step = 0;
+};
+
 // R is float, or double beside float64 rows.
 struct SlotAttention {
   int64_t B, heads, K, N, D, Dv;
@@ -24,9 +30,9 @@ struct SlotAttention {
   double scale, eps;
   bool denominator, joint;
   int threads;
-  const void* q;              // (B, heads, K, D) of R
+  Slots q;                    // (B, heads, K) of D each
   Rows k, v;                  // v absent: it is k
-  const void* bias;           // (B, heads, K) of R, or null
+  Slots bias;                 // (B, heads, K), or absent
   const uint8_t* slot_mask;   // (B, K) or null
   const uint8_t* input_mask;  // (B, N) or null
 };
@@ -36,9 +42,11 @@ struct SlotAttentionForward : SlotAttention {
   Rows attn;            // (B, heads, K, N), or absent
 };
 
-struct SlotAttentionBackward : SlotAttention {
-  const void *updates, *den;
-  const void* grad_updates;  // (B, heads, K, Dv) of R, or null
+// Of `times` calls with the same k and v; where these are more than one neither grad_attn nor the gradients of slots.
+struct SlotAttentionBackward : SlotAttention {  // q and bias (times, B, heads, K)
+  int64_t times;
+  Slots updates, den;        // (times, B, heads, K), of Dv each, and of one
+  Slots grad_updates;        // as updates, or absent
   Rows grad_attn;            // (B, heads, K, N), or absent
   Rows grad_k, grad_v;       // absent: not wanted; grad_k has the gradient of both where v is k
   void *grad_q, *grad_bias;  // of R; null: not wanted

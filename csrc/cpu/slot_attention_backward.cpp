@@ -4,6 +4,9 @@
 //   dA[k, n] = g[k] . v[n] - delta[k] + dattn[k, n]      dS = A * (dA - sum over j of A[j, n] dA[j, n])
 //   dv[n] = sum over k of (A + eps) g[k]     dk[n] = scale * sum over k of dS q[k]
 //   dq[k] = scale * sum over n of dS k[n]    dbias[k] = sum over n of dS            (denominator: dv of A alone)
+//
+// dk and dv are the sums of those of all calls. A head's rows are first q of every call, then g of every call: where v
+// is k, both take one product with a block, and one gives its gradient.
 #include "slot_tile.h"
 
 namespace recattn {
@@ -12,158 +15,169 @@ namespace {
 
 template <class R>
 struct Backward {
-  static int64_t bytes(const Plan<R>& plan) {
-    return Workspace::bytes<R>(plan.rows * plan.Dv) + Workspace::bytes<R>(plan.rows) +
-           Workspace::bytes<R>(plan.rows * BLOCK) + Workspace::bytes<R>(BLOCK * (plan.D > plan.Dv ? plan.D : plan.Dv));
+  static int64_t bytes(const Plan<R>& plan, const SlotAttentionBackward& p) {
+    const int64_t rows = p.times * plan.rows;
+    return plan.sample_bytes() + Workspace::bytes<R>(rows * (plan.D + plan.Dv)) + 2 * Workspace::bytes<R>(rows) +
+           Workspace::bytes<R>(2 * rows * BLOCK) + Workspace::bytes<R>(BLOCK * plan.wider());
   }
 
   Backward(const Plan<R>& plan, Workspace& memory, const SlotAttentionBackward* p, R* sums)
-      : plan(plan), p(*p), tile(plan, memory), sums(sums), g(memory.take<R>(plan.rows * plan.Dv)),
-        delta(memory.take<R>(plan.rows)), ds(memory.take<R>(plan.rows * BLOCK)),
-        out(memory.take<R>(BLOCK * (plan.D > plan.Dv ? plan.D : plan.Dv))) {}
+      : plan(plan), p(*p), shared(!p->v.data), flows(p->grad_updates.data), sample(plan, memory), sums(sums),
+        vectors(memory.take<R>(p->times * plan.rows * (plan.D + plan.Dv))), bias(memory.take<R>(p->times * plan.rows)),
+        delta(memory.take<R>(p->times * plan.rows)), tile(memory.take<R>(2 * p->times * plan.rows * BLOCK)),
+        out(memory.take<R>(BLOCK * plan.wider())) {}
 
   void run(int64_t task) {
     const Sums<R> sum(plan, plan.D, sums, task);
     memset(sum.products, 0, Sums<R>::size(plan, plan.D) * sizeof(R));
-    tile.begin(task / plan.parts);
-    if (tile.rows() == 0) return;
-    if (p.grad_updates) flow_in();
-    tile.each_block(task % plan.parts, [&](const Inputs& inputs) {
-      tile.ahead.clear();
-      tile.look_ahead(p.k, p.D, inputs);
-      tile.look_ahead(p.v, p.Dv, inputs);
-      tile.look_ahead(p.grad_k, p.D, inputs);
-      tile.look_ahead(p.grad_v, p.Dv, inputs);
-      tile.attend(inputs);
-      through_softmax(inputs);
-      add_rows(ds, tile.rows(), inputs.count, R(0), sum.lanes);
+    sample.begin(task / plan.parts);
+    if (sample.rows() == 0) return;
+    for (int64_t call = 0; call < p.times; ++call) take(call);
+    sample.each_block(task % plan.parts, [&](const Inputs& inputs) {
+      sample.ahead.clear();
+      sample.look_ahead(p.k, p.D, inputs);
+      sample.look_ahead(p.v, p.Dv, inputs);
+      sample.look_ahead(p.grad_k, p.D, inputs);
+      sample.look_ahead(p.grad_v, p.Dv, inputs);
+      for (int64_t h = 0; h < plan.group; ++h) score(h, inputs);
+      for (int64_t call = 0; call < p.times; ++call) through_softmax(call, inputs);
       for (int64_t h = 0; h < plan.group; ++h) {
-        const int64_t at = h * tile.active;
-        if (p.grad_q) {
-          const Block<R> k = tile.keys(h, inputs);
-          product(ds + at * BLOCK, BLOCK, tile.active, k.data, k.step, inputs.count, sum.products + at * plan.D, plan.D,
-                  plan.D, false, tile.ahead);
-        }
+        slots_grads(h, inputs, sum);
         inputs_grads(h, inputs);
       }
     });
   }
 
  private:
-  // g and delta, for the sample's slots.
-  void flow_in() {
-    for (int64_t r = 0; r < tile.rows(); ++r) {
-      const int64_t slot = tile.slot(r);
-      const R *const du = static_cast<const R*>(p.grad_updates) + slot * p.Dv,
-                     *const u = static_cast<const R*>(p.updates) + slot * p.Dv;
-      const R den = static_cast<const R*>(p.den)[slot];
-      R* const to = g + r * plan.Dv;
+  // Of a head: its rows of one kind in all calls; and where they begin.
+  int64_t rows() const { return p.times * sample.active; }
+  R* q(int64_t h) const { return vectors + h * rows() * (plan.D + plan.Dv); }
+  R* g(int64_t h) const { return q(h) + rows() * plan.D; }
+  R* s(int64_t h) const { return tile + h * 2 * rows() * BLOCK; }  // S, then dS
+  R* da(int64_t h) const { return s(h) + rows() * BLOCK; }         // dA, then A + eps
+
+  // q times scale, g and delta of a call's slots.
+  void take(int64_t call) {
+    for (int64_t i = 0; i < sample.rows(); ++i) {
+      const int64_t slot = call * p.B * p.heads * p.K + sample.slot(i), h = i / sample.active,
+                    r = call * sample.active + i % sample.active;
+      const R* const from = at<R>(p.q, slot);
+      R* const query = q(h) + r * plan.D;
+      for (int64_t d = 0; d < plan.D; ++d) query[d] = d < p.D ? from[d] * R(p.scale) : R(0);
+      bias[h * rows() + r] = p.bias.data ? *at<R>(p.bias, slot) : R(0);
+      if (!flows) continue;
+      const R *const du = at<R>(p.grad_updates, slot), *const u = at<R>(p.updates, slot), den = *at<R>(p.den, slot);
+      R* const flow = g(h) + r * plan.Dv;
       R sum = 0;
       for (int64_t d = 0; d < plan.Dv; ++d) {
-        to[d] = d < p.Dv && den != 0 ? du[d] / den : R(0);
-        if (d < p.Dv) sum += to[d] * u[d];
+        flow[d] = d < p.Dv && den != 0 ? du[d] / den : R(0);
+        if (d < p.Dv) sum += flow[d] * u[d];
       }
-      delta[r] = sum;
+      delta[h * rows() + r] = sum;
     }
   }
 
-  // ds = dS of a block.
-  void through_softmax(const Inputs& inputs) {
-    const int64_t rows = tile.rows();
-    if (p.grad_updates) {
-      for (int64_t h = 0; h < plan.group; ++h) {
-        tile.scores(g + h * tile.active * plan.Dv, plan.Dv, tile.values(h, inputs), inputs.count, tile.v_columns,
-                    ds + h * tile.active * BLOCK);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t n = 0; n < BLOCK; ++n) ds[r * BLOCK + n] -= delta[r];
-      }
-    } else {
-      memset(ds, 0, rows * BLOCK * sizeof(R));
+  // S and g . v of a block, of head h.
+  void score(int64_t h, const Inputs& inputs) {
+    const auto times = [&](const R* vectors, int64_t count, int64_t width, const R* columns, R* to) {
+      product(vectors, width, count, columns, BLOCK, width, to, BLOCK, BLOCK, true, sample.ahead);
+    };
+    sample.turn(sample.keys(h, inputs), inputs.count, plan.D, sample.k_columns);
+    times(q(h), shared && flows ? 2 * rows() : rows(), plan.D, sample.k_columns, s(h));
+    if (!flows) {
+      memset(da(h), 0, rows() * BLOCK * sizeof(R));
+    } else if (!shared) {
+      sample.turn(sample.values(h, inputs), inputs.count, plan.Dv, sample.v_columns);
+      times(g(h), rows(), plan.Dv, sample.v_columns, da(h));
     }
+  }
+
+  // Of a call, S becomes dS, and g . v becomes A + eps.
+  void through_softmax(int64_t call, const Inputs& inputs) {
+    const int64_t first = call * sample.active, step = 2 * rows() * BLOCK;  // from a head's rows to the next head's
+    R *const s = tile + first * BLOCK, *const da = s + rows() * BLOCK;
+    const R *const bias = this->bias + first, *const delta = this->delta + first;
+    softmax(s, bias, plan.group, sample.active, step, rows());
     if (p.grad_attn.data) add_grad_attn(inputs);
+    const R eps = p.denominator ? R(0) : R(p.eps);
     R along[BLOCK] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t n = 0; n < BLOCK; ++n) along[n] += tile.a[r * BLOCK + n] * ds[r * BLOCK + n];
+    for (int64_t h = 0; h < plan.group; ++h) {
+      for (int64_t i = 0; i < sample.active; ++i) {
+        const R *const a = s + h * step + i * BLOCK, less = flows ? delta[h * rows() + i] : R(0);
+        R* const d = da + h * step + i * BLOCK;
+        for (int64_t n = 0; n < BLOCK; ++n) d[n] -= less;
+        for (int64_t n = 0; n < BLOCK; ++n) along[n] += a[n] * d[n];
+      }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t n = 0; n < BLOCK; ++n) {
-        ds[r * BLOCK + n] = tile.a[r * BLOCK + n] * (ds[r * BLOCK + n] - along[n]);
+    for (int64_t h = 0; h < plan.group; ++h) {
+      for (int64_t i = h * step; i < h * step + sample.active * BLOCK; i += BLOCK) {
+        for (int64_t n = 0; n < BLOCK; ++n) {
+          const R a = s[i + n];
+          s[i + n] = a * (da[i + n] - along[n]);
+          da[i + n] = a + eps;
+        }
       }
     }
   }
 
+  // Of the one call.
   void add_grad_attn(const Inputs& inputs) {
     R grad[BLOCK];
-    for (int64_t r = 0; r < tile.rows(); ++r) {
-      const int64_t row = tile.slot(r) * p.N;
+    for (int64_t r = 0; r < sample.rows(); ++r) {
+      const int64_t row = sample.slot(r) * p.N;
+      R* const to = da(r / sample.active) + r % sample.active * BLOCK;
       inputs.each_run([&](int64_t i, int64_t n) { read(grad + i, p.grad_attn, row + inputs[i], n); });
-      for (int64_t n = 0; n < inputs.count; ++n) ds[r * BLOCK + n] += grad[n];
+      for (int64_t n = 0; n < inputs.count; ++n) to[n] += grad[n];
     }
+  }
+
+  // What a block adds to dq and dbias of head h, of the one call.
+  void slots_grads(int64_t h, const Inputs& inputs, const Sums<R>& sum) {
+    const int64_t first = h * sample.active;
+    if (p.grad_bias) add_rows(s(h), sample.active, inputs.count, R(0), sum.lanes + first * LANES<R>);
+    if (!p.grad_q) return;
+    const Block<R> k = sample.keys(h, inputs);
+    product(s(h), BLOCK, sample.active, k.data, k.step, inputs.count, sum.products + first * plan.D, plan.D, plan.D,
+            false, sample.ahead);
   }
 
   // dk and dv of a block, of head h.
   void inputs_grads(int64_t h, const Inputs& inputs) {
-    const int64_t at = h * tile.active;
-    const bool shared = !p.v.data, flows = p.grad_updates != nullptr;
-    if (flows && !p.denominator && (shared ? p.grad_k.data : p.grad_v.data)) {
-      for (int64_t i = at * BLOCK; i < (at + tile.active) * BLOCK; ++i) tile.a[i] += R(p.eps);
-    }
-    if (p.grad_k.data) {
-      const Block<R> to = target(p.grad_k, h, p.D, plan.D, inputs);
-      R* const data = const_cast<R*>(to.data);
-      product<true>(ds + at * BLOCK, BLOCK, inputs.count, tile.q + at * plan.D, plan.D, tile.active, data, to.step,
-                      plan.D, true, tile.ahead);
-      if (shared && flows) {
-        product<true>(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, tile.active, data, to.step,
-                plan.Dv, false, tile.ahead);
-      }
-      store(p.grad_k, h, p.D, plan.D, inputs, to);
-    }
-    if (!shared && p.grad_v.data) {
-      const Block<R> to = target(p.grad_v, h, p.Dv, plan.Dv, inputs);
-      product<true>(tile.a + at * BLOCK, BLOCK, inputs.count, g + at * plan.Dv, plan.Dv, flows ? tile.active : 0,
-                      const_cast<R*>(to.data), to.step, plan.Dv, true, tile.ahead);
-      store(p.grad_v, h, p.Dv, plan.Dv, inputs, to);
-    }
+    if (shared) return grads(p.grad_k, h, p.D, plan.D, inputs, s(h), q(h), flows ? 2 * rows() : rows());
+    grads(p.grad_k, h, p.D, plan.D, inputs, s(h), q(h), rows());
+    grads(p.grad_v, h, p.Dv, plan.Dv, inputs, da(h), g(h), flows ? rows() : 0);
   }
 
-  // Where a block's gradients are computed: in their tensor, if it is of R and its rows are whole vectors.
-  Block<R> target(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs) {
-    const bool same = t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
-    if (same && width == padded_width && !inputs.at) {
-      return {static_cast<const R*>(t.data) + tile.offset(t, h, inputs.first), t.stride_n};
-    }
-    return {out, padded_width};
-  }
-  void store(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs,
-             const Block<R>& from) {
-    if (from.data != out) return;
-    for (int64_t i = 0; i < inputs.count; ++i) {
-      write(t, tile.offset(t, h, inputs[i]), out + i * padded_width, width);
-    }
+  // gradient[n] = sum over rows of weights[row][n] * vectors[row]
+  void grads(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, const R* weights,
+             const R* vectors, int64_t count) {
+    if (!t.data) return;
+    const Block<R> to = sample.target(t, h, width, padded_width, inputs, out);
+    product<true>(weights, BLOCK, inputs.count, vectors, padded_width, count, const_cast<R*>(to.data), to.step,
+                  padded_width, true, sample.ahead);
+    sample.store(t, h, width, inputs, to, out);
   }
 
   const Plan<R>& plan;
   const SlotAttentionBackward& p;
-  Tile<R> tile;
-  R* const sums;
-  R *const g, *const delta, *const ds, *const out;
+  const bool shared, flows;
+  Sample<R> sample;
+  R *const sums, *const vectors, *const bias, *const delta, *const tile, *const out;
 };
 
 // dq and dbias = sums of the parts
 template <class R>
 struct Finish {
   Finish(const Plan<R>& plan, Workspace& memory, const SlotAttentionBackward* p, R* sums)
-      : plan(plan), p(*p), tile(plan, memory), sums(sums) {}
+      : plan(plan), p(*p), sample(plan, memory), sums(sums) {}
 
   void run(int64_t s) {
-    tile.begin(s);
-    const int64_t first = (tile.b * p.heads + tile.head) * p.K;
+    sample.begin(s);
+    const int64_t first = (sample.b * p.heads + sample.head) * p.K;
     if (p.grad_q) memset(static_cast<R*>(p.grad_q) + first * p.D, 0, plan.rows * p.D * sizeof(R));
     if (p.grad_bias) memset(static_cast<R*>(p.grad_bias) + first, 0, plan.rows * sizeof(R));
-    for (int64_t r = 0; r < tile.rows(); ++r) {
-      R* const q = static_cast<R*>(p.grad_q) + tile.slot(r) * p.D;
+    for (int64_t r = 0; r < sample.rows(); ++r) {
+      R* const q = static_cast<R*>(p.grad_q) + sample.slot(r) * p.D;
       R bias = 0;
       for (int64_t i = 0; i < plan.parts; ++i) {
         const Sums<R> sum(plan, plan.D, sums, s * plan.parts + i);
@@ -171,20 +185,20 @@ struct Finish {
         for (int64_t d = 0; p.grad_q && d < p.D; ++d) q[d] += sum.products[r * plan.D + d];
       }
       for (int64_t d = 0; p.grad_q && d < p.D; ++d) q[d] *= R(p.scale);
-      if (p.grad_bias) static_cast<R*>(p.grad_bias)[tile.slot(r)] = bias;
+      if (p.grad_bias) static_cast<R*>(p.grad_bias)[sample.slot(r)] = bias;
     }
   }
 
   const Plan<R>& plan;
   const SlotAttentionBackward& p;
-  Tile<R> tile;
+  Sample<R> sample;
   R* const sums;
 };
 
 template <class R>
 void run(const SlotAttentionBackward& p) {
   const Plan<R> plan(p);
-  sum_parts<Backward<R>, Finish<R>>(plan, p, plan.D, Backward<R>::bytes(plan), p.grad_q || p.grad_bias);
+  sum_parts<Backward<R>, Finish<R>>(plan, p, plan.D, Backward<R>::bytes(plan, p), p.grad_q || p.grad_bias);
 }
 
 }  // namespace

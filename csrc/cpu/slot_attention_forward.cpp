@@ -79,7 +79,7 @@ struct Finish {
 template <class R>
 void run(const SlotAttentionForward& p) {
   const Plan<R> plan(p);
-  sum_parts<Forward<R>, Finish<R>>(plan, p, plan.Dv, 0, true);
+  sum_parts<Forward<R>, Finish<R>>(plan, p, plan.Dv, plan.tile_bytes(), true);
 }
 
 }  // namespace

@@ -81,24 +81,29 @@ inline Vec<double> exp_below(Vec<double> x) {
   return x;
 }
 
-// A = softmax over rows of tile + bias, in place.
+// A = softmax over rows of tile + bias, in place: `rows` of each of `groups`, which are `step` apart, and their biases
+// `bias_step`.
 template <class R>
-void softmax(R* tile, const R* bias, int64_t rows) {
+void softmax(R* tile, const R* bias, int64_t groups, int64_t rows, int64_t step, int64_t bias_step) {
   for (int64_t n = 0; n < BLOCK; n += LANES<R>) {
-    R* const column = tile + n;
-    Vec<R> most = load_vector(column) + bias[0];
-    for (int64_t r = 1; r < rows; ++r) {
-      const Vec<R> s = load_vector(column + r * BLOCK) + bias[r];
+    const auto each = [&](auto f) {
+      for (int64_t i = 0; i < groups; ++i) {
+        for (int64_t r = 0; r < rows; ++r) f(tile + i * step + r * BLOCK + n, bias[i * bias_step + r]);
+      }
+    };
+    Vec<R> most = load_vector(tile + n) + bias[0];
+    each([&](R* at, R b) {
+      const Vec<R> s = load_vector(at) + b;
       most = s > most ? s : most;  // a NaN that is dropped here comes back in the sum
-    }
+    });
     Vec<R> sum = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec<R> e = exp_below(load_vector(column + r * BLOCK) + bias[r] - most);
-      store_vector(column + r * BLOCK, e);
+    each([&](R* at, R b) {
+      const Vec<R> e = exp_below(load_vector(at) + b - most);
+      store_vector(at, e);
       sum += e;
-    }
+    });
     const Vec<R> share = R(1) / sum;
-    for (int64_t r = 0; r < rows; ++r) store_vector(column + r * BLOCK, load_vector(column + r * BLOCK) * share);
+    each([&](R* at, R) { store_vector(at, load_vector(at) * share); });
   }
 }
 
@@ -121,6 +126,12 @@ R sum_lanes(const R* lanes) {
   R sum = 0;
   for (int64_t lane = 0; lane < LANES<R>; ++lane) sum += lanes[lane];
   return sum;
+}
+
+// What a slot has, counted through calls, batch and heads.
+template <class R>
+const R* at(const Slots& t, int64_t slot) {
+  return static_cast<const R*>(t.data) + slot * t.step;
 }
 
 // The inputs of a block, in order: `count` neighbours from number `first` on, or, where some are masked, those of `at`.
@@ -159,11 +170,16 @@ struct Plan {
 
   double work() const { return double(p.B) * double(p.heads) * double(p.K) * double(p.N) * double(p.D + p.Dv); }
 
-  // What a thread needs for a block: see Tile.
-  int64_t tile_bytes() const {
+  int64_t wider() const { return D > Dv ? D : Dv; }
+
+  // What a thread needs of its own: see Sample and Tile.
+  int64_t sample_bytes() const {
     const auto bytes = [](int64_t n) { return Workspace::bytes<R>(n); };
-    return Workspace::bytes<int64_t>(p.K) + bytes(rows * D) + bytes(rows) + 2 * bytes(BLOCK * D) +
-           2 * bytes(BLOCK * Dv) + bytes(rows * BLOCK) + bytes(D > Dv ? D : Dv);
+    return Workspace::bytes<int64_t>(p.K) + 2 * bytes(BLOCK * D) + 2 * bytes(BLOCK * Dv) + bytes(wider());
+  }
+  int64_t tile_bytes() const {
+    return sample_bytes() + Workspace::bytes<R>(rows * D) + Workspace::bytes<R>(rows) +
+           Workspace::bytes<R>(rows * BLOCK);
   }
 
   const SlotAttention& p;
@@ -171,30 +187,22 @@ struct Plan {
   const int threads;
 };
 
-// A of one block after another of a sample's inputs, in a thread's own memory.
+// A sample's slots that are not masked, and its inputs, one block after another, in a thread's own memory.
 template <class R>
-class Tile {
+class Sample {
  public:
-  Tile(const Plan<R>& plan, Workspace& memory)
-      : plan(plan), p(plan.p), slots(memory.take<int64_t>(p.K)), q(memory.take<R>(plan.rows * plan.D)),
-        bias(memory.take<R>(plan.rows)), k_rows(memory.take<R>(BLOCK * plan.D)),
+  Sample(const Plan<R>& plan, Workspace& memory)
+      : plan(plan), p(plan.p), slots(memory.take<int64_t>(p.K)), k_rows(memory.take<R>(BLOCK * plan.D)),
         k_columns(memory.take<R>(BLOCK * plan.D)), v_rows(memory.take<R>(BLOCK * plan.Dv)),
-        v_columns(memory.take<R>(BLOCK * plan.Dv)), a(memory.take<R>(plan.rows * BLOCK)),
-        zeros(memory.take<R>(plan.D > plan.Dv ? plan.D : plan.Dv)) {
-    memset(zeros, 0, (plan.D > plan.Dv ? plan.D : plan.Dv) * sizeof(R));
+        v_columns(memory.take<R>(BLOCK * plan.Dv)), zeros(memory.take<R>(plan.wider())) {
+    memset(zeros, 0, plan.wider() * sizeof(R));
   }
 
-  // The slots of sample s that are not masked: their queries, times scale, and biases.
   void begin(int64_t s) {
     const int64_t across = p.heads / plan.group;
     b = s / across, head = s % across * plan.group, active = 0;
     for (int64_t k = 0; k < p.K; ++k) {
       if (!p.slot_mask || p.slot_mask[b * p.K + k]) slots[active++] = k;
-    }
-    for (int64_t r = 0; r < rows(); ++r) {
-      const R* const from = static_cast<const R*>(p.q) + slot(r) * p.D;
-      for (int64_t d = 0; d < plan.D; ++d) q[r * plan.D + d] = d < p.D ? from[d] * R(p.scale) : R(0);
-      bias[r] = p.bias ? static_cast<const R*>(p.bias)[slot(r)] : R(0);
     }
   }
 
@@ -235,20 +243,6 @@ class Tile {
     }
   }
 
-  // out = the products of `queries`, of one head, with a block of keys or of values.
-  void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) {
-    turn(block, count, width, columns);
-    product(queries, width, active, columns, BLOCK, width, out, BLOCK, BLOCK, true, ahead);
-  }
-
-  // a = A of a block.
-  void attend(const Inputs& inputs) {
-    for (int64_t h = 0; h < plan.group; ++h) {
-      scores(q + h * active * plan.D, plan.D, keys(h, inputs), inputs.count, k_columns, a + h * active * BLOCK);
-    }
-    softmax(a, bias, rows());
-  }
-
   // columns[d][n] = block[n][d]
   void turn(const Block<R>& block, int64_t count, int64_t width, R* columns) const {
     for (int64_t n = 0; n < BLOCK; n += LANES<R>) {
@@ -258,6 +252,19 @@ class Tile {
       }
       transpose(from, width, columns + n, BLOCK);
     }
+  }
+
+  // Where a block's gradients are computed: in their tensor, if it is of R and its rows are whole vectors, else in
+  // `buffer`, from which store() then takes them.
+  Block<R> target(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs,
+                  R* buffer) const {
+    if (!in_place(t, width, padded_width, inputs)) return {buffer, padded_width};
+    return {static_cast<const R*>(t.data) + offset(t, h, inputs.first), t.stride_n};
+  }
+  void store(const Rows& t, int64_t h, int64_t width, const Inputs& inputs, const Block<R>& from,
+             const R* buffer) const {
+    if (from.data != buffer) return;
+    for (int64_t i = 0; i < inputs.count; ++i) write(t, offset(t, h, inputs[i]), buffer + i * from.step, width);
   }
 
   // Where row n of head h of a tensor begins.
@@ -270,12 +277,15 @@ class Tile {
   int64_t b = 0, head = 0, active = 0;
   int64_t* const slots;
   Ahead ahead;
-  R *const q, *const bias, *const k_rows, *const k_columns, *const v_rows, *const v_columns, *const a, *const zeros;
+  R *const k_rows, *const k_columns, *const v_rows, *const v_columns, *const zeros;
 
  private:
+  static bool in_place(const Rows& t, int64_t width, int64_t padded_width, const Inputs& inputs) {
+    return t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32) && width == padded_width && !inputs.at;
+  }
+
   Block<R> load(const Rows& t, int64_t h, int64_t width, int64_t padded_width, const Inputs& inputs, R* buffer) const {
-    const bool same = t.dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
-    if (same && width == padded_width && !inputs.at) {
+    if (in_place(t, width, padded_width, inputs)) {
       return {static_cast<const R*>(t.data) + offset(t, h, inputs.first), t.stride_n};
     }
     for (int64_t i = 0; i < inputs.count; ++i) {
@@ -284,6 +294,44 @@ class Tile {
     }
     return {buffer, padded_width};
   }
+};
+
+// A of a block of a sample's inputs.
+template <class R>
+class Tile : public Sample<R> {
+ public:
+  using Sample<R>::plan, Sample<R>::p, Sample<R>::active, Sample<R>::rows, Sample<R>::slot;
+
+  Tile(const Plan<R>& plan, Workspace& memory)
+      : Sample<R>(plan, memory), q(memory.take<R>(plan.rows * plan.D)), bias(memory.take<R>(plan.rows)),
+        a(memory.take<R>(plan.rows * BLOCK)) {}
+
+  // Of sample s, queries, times scale, and biases.
+  void begin(int64_t s) {
+    Sample<R>::begin(s);
+    for (int64_t r = 0; r < rows(); ++r) {
+      const R* const from = at<R>(p.q, slot(r));
+      for (int64_t d = 0; d < plan.D; ++d) q[r * plan.D + d] = d < p.D ? from[d] * R(p.scale) : R(0);
+      bias[r] = p.bias.data ? *at<R>(p.bias, slot(r)) : R(0);
+    }
+  }
+
+  // out = the products of `queries`, of one head, with a block of keys or of values.
+  void scores(const R* queries, int64_t width, const Block<R>& block, int64_t count, R* columns, R* out) {
+    this->turn(block, count, width, columns);
+    product(queries, width, active, columns, BLOCK, width, out, BLOCK, BLOCK, true, this->ahead);
+  }
+
+  // a = A of a block.
+  void attend(const Inputs& inputs) {
+    for (int64_t h = 0; h < plan.group; ++h) {
+      scores(q + h * active * plan.D, plan.D, this->keys(h, inputs), inputs.count, this->k_columns,
+             a + h * active * BLOCK);
+    }
+    softmax(a, bias, 1, rows(), 0, 0);
+  }
+
+  R *const q, *const bias, *const a;
 };
 
 // Sums of one part of a sample's inputs, for each row of its tiles: `width` of products, and one in LANES parts.
@@ -296,28 +344,29 @@ struct Sums {
   R *products, *lanes;  // (rows, width), (rows, LANES)
 };
 
-// Worker(plan, memory).run(task) for each task, in a thread's own memory of `bytes` beside a tile's.
+// Worker(plan, memory, rest...).run(task) for each task, in a thread's own memory of `bytes`.
 template <class Worker, class R, class... Rest>
 void on_workers(const Plan<R>& plan, int64_t bytes, int64_t tasks, Rest... rest) {
   if (tasks == 0) return;
-  const int64_t own = plan.tile_bytes() + bytes, threads = least(plan.threads, tasks);
-  Workspace memory(threads * own);
-  char* const start = memory.take<char>(threads * own);
+  const int64_t threads = least(plan.threads, tasks);
+  Workspace memory(threads * bytes);
+  char* const start = memory.take<char>(threads * bytes);
   on_threads(int(threads), [&](int64_t thread, int64_t count) {
-    Workspace mine(start + thread * own);
+    Workspace mine(start + thread * bytes);
     Worker worker(plan, mine, rest...);
     for (int64_t i = part(tasks, thread, count); i < part(tasks, thread + 1, count); ++i) worker.run(i);
   });
 }
 
-// Worker sums up each part of each sample, and Finish, if there is anything to finish, the parts of each sample.
+// Worker sums up each part of each sample, in memory of `bytes`, and Finish, if there is anything to finish, the parts
+// of each sample.
 template <class Worker, class Finish, class R, class P>
 void sum_parts(const Plan<R>& plan, const P& p, int64_t width, int64_t bytes, bool finish) {
   const int64_t tasks = plan.samples * plan.parts, size = tasks * Sums<R>::size(plan, width);
   Workspace memory(Workspace::bytes<R>(size));
   R* const sums = memory.take<R>(size);
   on_workers<Worker>(plan, bytes, tasks, &p, sums);
-  if (finish) on_workers<Finish>(plan, 0, plan.samples, &p, sums);
+  if (finish) on_workers<Finish>(plan, plan.tile_bytes(), plan.samples, &p, sums);
 }
 
 }  // namespace

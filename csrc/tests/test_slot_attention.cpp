@@ -107,6 +107,36 @@ void compare(const char* name, const std::vector<T>& got, const Numbers& want, c
   }
 }
 
+// Two calls whose rows lie between others, the second with -3 times the gradient of the first: -2 times its dk and dv.
+template <class T>
+void compare_calls(const Case& c, SlotAttentionBackward p, Tensors<T>& t, const std::string& text) {
+  p.grad_attn = Rows{}, p.grad_q = p.grad_bias = nullptr;
+  RECATTN_RUN(slot_attention_backward, p);
+  const auto twice = [](const std::vector<T>& x) {
+    Numbers to(x.begin(), x.end());
+    for (double& value : to) value *= -2;
+    return to;
+  };
+  const Numbers dk = twice(t.dk), dv = twice(t.dv);
+  const int64_t slots = c.B * c.heads * c.K, step = c.D + 2 * c.Dv + 2;
+  std::vector<T> calls(2 * slots * step);
+  for (int64_t i = 0; i < 2 * slots; ++i) {
+    const int64_t slot = i % slots;
+    T* to = calls.data() + i * step;
+    to = std::copy_n(t.q.data() + slot * c.D, c.D, to);
+    for (int64_t d = 0; d < c.Dv; ++d) *to++ = t.du[slot * c.Dv + d] * T(i < slots ? 1 : -3);
+    to = std::copy_n(t.updates.data() + slot * c.Dv, c.Dv, to);
+    *to++ = t.bias[slot];
+    *to = t.den[slot];
+  }
+  const T* const first = calls.data();
+  p.times = 2, p.q = {first, step}, p.grad_updates = {first + c.D, step}, p.updates = {first + c.D + c.Dv, step};
+  p.bias = {first + c.D + 2 * c.Dv, step}, p.den = {first + step - 1, step};
+  RECATTN_RUN(slot_attention_backward, p);
+  compare("dk of two calls", t.dk, dk, text);
+  compare("dv of two calls", t.dv, dv, text);
+}
+
 template <class T>
 void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
   Tensors<double> exact(c);
@@ -132,7 +162,7 @@ void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
   }
   const auto common = [&](SlotAttention& p, int threads) {
     p = {c.B, c.heads, c.K, c.N, c.D, c.Dv, sizeof(T) == 8, scale, eps, c.denominator, c.joint, threads,
-         t.q.data(), rows(t.k, c, c.N, c.D), c.shared ? Rows{} : rows(t.v, c, c.N, c.Dv), t.bias.data(),
+         {t.q.data(), c.D}, rows(t.k, c, c.N, c.D), c.shared ? Rows{} : rows(t.v, c, c.N, c.Dv), {t.bias.data(), 1},
          c.masked ? slots.data() : nullptr, c.masked ? inputs.data() : nullptr};
   };
   for (const Isa& isa : isas) {
@@ -149,7 +179,8 @@ void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
     compare("attn", t.attn, exact.attn, text);
     SlotAttentionBackward g{};
     common(g, threads);
-    g.updates = f.updates, g.den = f.den, g.grad_updates = t.du.data(), g.grad_attn = rows(t.dattn, c, c.K, c.N);
+    g.times = 1, g.updates = {f.updates, c.Dv}, g.den = {f.den, 1}, g.grad_updates = {t.du.data(), c.Dv};
+    g.grad_attn = rows(t.dattn, c, c.K, c.N);
     for (auto* x : {&t.dk, &t.dv}) std::fill(x->begin(), x->end(), T(0));
     g.grad_k = rows(t.dk, c, c.N, c.D), g.grad_v = c.shared ? Rows{} : rows(t.dv, c, c.N, c.Dv);
     g.grad_q = t.dq.data(), g.grad_bias = t.dbias.data();
@@ -159,6 +190,7 @@ void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
     compare("dk", t.dk, exact.dk, text);
     compare("dv", t.dv, exact.dv, text);
     compare("dbias", t.dbias, exact.dbias, text);
+    compare_calls(c, g, t, text);
   }
 }
 

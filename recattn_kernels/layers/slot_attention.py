@@ -198,9 +198,10 @@ class SlotAttention(nn.Module):
             slots = slots.masked_fill(absent, 0)  # what is not a slot may hold anything, as NaN
         if input_mask is not None:
             inputs = inputs.masked_fill(~input_mask.unsqueeze(-1), 0)
-        attend = attention(self, inputs, K, slot_mask, input_mask)
-
         implicit = self.grad_mode != "full"
+        times = 1 if implicit else self.iters - return_attn
+        attend = attention(self, inputs, K, slot_mask, input_mask, times)
+
         initial, attn = slots, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
             for _ in range(self.iters - 1):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.normalise import normalise
 from recattn_kernels.layers.projection import project
-from recattn_kernels.ops.slot_attention.api import slot_attention
+from recattn_kernels.ops.slot_attention.repeated import repeated
 
 if TYPE_CHECKING:
     from recattn_kernels.layers.slot_attention import SlotAttention
@@ -36,16 +36,16 @@ ATTENTION_COST = 2.5
 
 
 def attention(
-    layer: SlotAttention, inputs: Tensor, K: int, slot_mask: Tensor | None, input_mask: Tensor | None
+    layer: SlotAttention, inputs: Tensor, K: int, slot_mask: Tensor | None, input_mask: Tensor | None, times: int
 ) -> Attention:
-    """The attention of every iteration over inputs (B, N, input_dim)."""
+    """The attention of every iteration over inputs (B, N, input_dim): `times` with a gradient and A not wanted."""
     options: dict[str, Any] = {
         "scale": 1 / (layer.temperature * math.sqrt(layer.dim / layer.heads)), "eps": layer.eps,
         "eps_mode": layer.eps_mode, "input_mask": input_mask, "backend": layer.backend,
     }  # fmt: skip
     if absorbs(layer, inputs.shape[1], K):
-        return _absorbed(layer, inputs, slot_mask, input_mask, options)
-    return _projected(layer, inputs, slot_mask, options)
+        return _absorbed(layer, inputs, slot_mask, input_mask, options, times)
+    return _projected(layer, inputs, slot_mask, options, times)
 
 
 def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
@@ -76,16 +76,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not any(hooks)
 
 
-def _projected(layer: SlotAttention, inputs: Tensor, slot_mask: Tensor | None, options: dict[str, Any]) -> Attention:
+def _projected(
+    layer: SlotAttention, inputs: Tensor, slot_mask: Tensor | None, options: dict[str, Any], times: int
+) -> Attention:
     x = layer.norm_inputs(inputs)
     k, v = (_by_head(linear(module, x), layer.heads) for module in (layer.project_k, layer.project_v))
 
+    once = repeated(k, v, times, slot_mask=slot_mask, head_softmax=layer.head_softmax, **options)
+
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        result = slot_attention(
-            _by_head(q, layer.heads), k, v, slot_mask=slot_mask, head_softmax=layer.head_softmax,
-            return_attn=return_attn, **options,
-        )  # fmt: skip
-        updates, attn = result if isinstance(result, tuple) else (result, None)
+        updates, attn = once(_by_head(q, layer.heads), None, return_attn)
         return updates if layer.heads == 1 else updates.transpose(1, 2).flatten(2), attn
 
     return attend
@@ -110,6 +110,7 @@ def _absorbed(
     slot_mask: Tensor | None,
     input_mask: Tensor | None,
     options: dict[str, Any],
+    times: int,
 ) -> Attention:
     heads, norm = layer.heads, layer.norm_inputs
     x = normalise(inputs, norm.eps)
@@ -123,6 +124,7 @@ def _absorbed(
         some = input_mask.any(-1, keepdim=True)
         summed = some if summed is None else summed & some
     shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
+    once = repeated(x, None, times, **options)
 
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
         K = q.shape[1]
@@ -132,9 +134,7 @@ def _absorbed(
             by_head = q.unflatten(-1, (heads, -1))
             rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
             bias = torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
-        bias = options["scale"] * bias
-        result = slot_attention(rows, x, bias=bias, return_attn=return_attn, **options)  # (B, heads * K, input_dim)
-        mean, attn = result if isinstance(result, tuple) else (result, None)
+        mean, attn = once(rows, options["scale"] * bias, return_attn)  # (B, heads * K, input_dim)
         if heads == 1:
             updates = project(mean, value, None)
         else:

@@ -43,6 +43,12 @@ def empty_forward(
     return updates, attn, mean, q.new_empty(q.shape[:-1], dtype=wide)
 
 
+def widths(k: Tensor, v: Tensor | None) -> tuple[int, int, int, int, int]:
+    """What repeated.py keeps of a slot of a call: query, gradient of its update, update, bias, den."""
+    D, Dv = k.shape[-1], (k if v is None else v).shape[-1]
+    return D, Dv, Dv, 1, 1
+
+
 def _cpp_refusal(call: Call) -> str | None:
     return None
 
