@@ -42,16 +42,16 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     dy = None if grads[0] is None else contiguous_rows(grads[0])
     dh_n, dc_n = (plain(g, dtype) for g in grads[1:])
     dx = output.new_empty((*output.shape[:2], GH))
-    # dL/d(W_hh h): that of x itself where W_hh h is added to it and to nothing else.
+    # Of q = W_hh h: that of x itself where q is added to it and to nothing else.
     shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
-    dr = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
+    dq = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
     parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
     found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
     holds, common = _common(call, dtype)
     _cpu().gated_backward(
         common, math.inf if call.grad_clip is None else call.grad_clip,
         strided(dy, time), strided(output, time), pointer(dh_n), pointer(dc_n), tuple(map(_some, kept)),
-        strided(dx, time), pointer(dr), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
+        strided(dx, time), pointer(dq), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
     )  # fmt: skip
     del holds
     results = (
