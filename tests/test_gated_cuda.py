@@ -172,6 +172,13 @@ def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < worst < fewer
 
 
+def test_a_launch_without_a_plan_names_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch.compile, which does not ask before."""
+    monkeypatch.setattr(launch_plan, "refusal", lambda *args: None)
+    with pytest.raises(backends.BackendUnavailableError, match=r"^rnn: backend 'cuda' .*multiprocessors"):
+        registry.find("rnn").function(torch.zeros(1, 1, 1024), torch.zeros(1024, 1024), backend="cuda")
+
+
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(*shape: int, **options: Any) -> str | None:
         x, weight_hh = torch.zeros(*shape), torch.zeros(shape[-1], shape[-1] // 3)

@@ -56,6 +56,11 @@ class Call(NamedTuple):
         return self.x.shape[self.time], self.x.shape[1 - self.time], self.weight_hh.shape[1]
 
     @property
+    def op(self) -> str:
+        """Whose cell it is, for messages."""
+        return self.cell.partition("_")[0]
+
+    @property
     def gates(self) -> int:
         return CELLS[self.cell]
 

@@ -82,7 +82,7 @@ def _common(call: Call, backward: bool) -> tuple[list[Tensor | None], tuple[Any,
     problem = launch_plan.Problem(call.gates, H, call.weight_hh.element_size(), exact, backward)
     plan = launch_plan.launch_plan(problem, B, launch_plan.gpu_of(call.x.device))
     if isinstance(plan, str):
-        raise backends.BackendUnavailableError(f"{call.cell}: backend 'cuda' cannot run this call: {plan}")
+        raise backends.BackendUnavailableError(f"{call.op}: backend 'cuda' cannot run this call: {plan}")
     workspace = call.x.new_empty(plan.workspace, dtype=torch.uint8)
     weight_hh, lengths = call.weight_hh.contiguous(), contiguous(call.lengths)
     keep_h, keep_c = (None if m is None else contiguous_rows(m) for m in (call.keep_h, call.keep_c))
