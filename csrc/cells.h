@@ -130,8 +130,19 @@ RECATTN_FN R derivative(R h, R slope) {
   return R(1);  // identity
 }
 
+// Of the 16-bit types: about the least positive number, and the neighbour towards 0 of a bound, 1 or 6.
+struct BFloat16Limits {
+  static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it
+  static constexpr float below(float bound) { return bound == 6.0f ? 5.96875f : 0.99609375f; }
+};
+
+struct Float16Limits {
+  static constexpr float smallest() { return 5.9604644775390625e-8f; }  // 2^-24
+  static constexpr float below(float bound) { return bound == 6.0f ? 5.99609375f : 0.99951171875f; }
+};
+
 // What a 16-bit type S stores for h. Rounding may not carry h onto a bound of the activation: the derivative, which is
-// read off the stored value, would then be 0 where it is 1. S::below(bound) is S's neighbour of bound towards 0.
+// read off the stored value, would then be 0 where it is 1.
 template <Activation A, class S, class R>
 RECATTN_FN R keep_inside(R h) {
   if constexpr (A == Activation::relu || A == Activation::leaky_relu || A == Activation::relu6) {

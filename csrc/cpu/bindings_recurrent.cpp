@@ -13,12 +13,7 @@ using Strided = std::tuple<uintptr_t, int64_t, int64_t>;
 
 Sequence sequence(const Strided& s) { return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
-struct Masked {
-  const uint8_t* data;
-  int64_t stride_t, stride_b;
-};
-
-Masked masked(const Strided& s) { return {pointer<uint8_t>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
+Mask mask(const Strided& s) { return {pointer<uint8_t>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 
 // What both directions of the IndRNN take, in one tuple: sizes, dtype, activation, its slope, weight_hh, h0, reset,
 // lengths, reverse, threads.
@@ -35,10 +30,7 @@ P indrnn(const IndrnnArguments& arguments) {
   p.negative_slope = slope;
   p.weight_hh = pointer(weight_hh);
   p.h0 = pointer(h0);
-  const Masked resets = masked(reset);
-  p.reset = resets.data;
-  p.reset_stride_t = resets.stride_t;
-  p.reset_stride_b = resets.stride_b;
+  p.reset = mask(reset);
   p.lengths = pointer<int64_t>(lengths);
   p.reverse = reverse;
   p.threads = threads;
@@ -68,19 +60,12 @@ P gated(const GatedArguments& arguments) {
   p.ln_c_bias = pointer(std::get<3>(norm));
   p.h0 = pointer(h0);
   p.c0 = pointer(c0);
-  const Masked resets = masked(reset), h = masked(keep_h), c = masked(keep_c);
-  p.reset = resets.data;
-  p.reset_stride_t = resets.stride_t;
-  p.reset_stride_b = resets.stride_b;
+  p.reset = mask(reset);
   p.lengths = pointer<int64_t>(lengths);
   p.reverse = reverse;
   std::tie(p.zoneout_h, p.zoneout_c) = zoneout;
-  p.keep_h = h.data;
-  p.keep_h_stride_t = h.stride_t;
-  p.keep_h_stride_b = h.stride_b;
-  p.keep_c = c.data;
-  p.keep_c_stride_t = c.stride_t;
-  p.keep_c_stride_b = c.stride_b;
+  p.keep_h = mask(keep_h);
+  p.keep_c = mask(keep_c);
   p.threads = threads;
   return p;
 }

@@ -2,7 +2,7 @@
 // of their tensors lie, and how the work is divided over threads.
 #pragma once
 
-#include "kernels.h"
+#include "rows.h"
 #include "tile.h"
 #include "workspace.h"
 
@@ -26,10 +26,6 @@ constexpr double LAYER_NORM_EPS = 1e-5;
 }
 [[maybe_unused]] inline int64_t taken_before(const Gated& p, int64_t t, int64_t b) {
   return p.reverse ? steps_of(p, b) - 1 - t : t;
-}
-
-[[maybe_unused]] inline bool resets(const Gated& p, int64_t t, int64_t b) {
-  return p.reset && p.reset[t * p.reset_stride_t + b * p.reset_stride_b];
 }
 
 [[maybe_unused]] inline int64_t size_of(Dtype dtype) {
@@ -59,15 +55,6 @@ RECATTN_FN void narrowed(Dtype dtype, void* to, const R* from, int64_t n) {
   memcpy(to, from, n * sizeof(R));
 }
 
-template <class R>
-RECATTN_FN void copy_or_zero(R* to, const R* from, int64_t n) {
-  if (from) {
-    memcpy(to, from, n * sizeof(R));
-  } else {
-    memset(to, 0, n * sizeof(R));
-  }
-}
-
 // Asks for memory that is to be read, or written, soon.
 template <int WRITE = 0>
 RECATTN_FN void fetch(const void* from, int64_t bytes) {
@@ -76,17 +63,16 @@ RECATTN_FN void fetch(const void* from, int64_t bytes) {
 
 // The masks of zoneout, or their rates: where a state stays, and by what share.
 struct Zoneout {
-  const uint8_t* keep;
-  int64_t stride_t, stride_b;
+  Mask keep;
   double rate;
 
-  bool on() const { return keep || rate != 0; }
+  bool on() const { return keep.data || rate != 0; }
 
   // next = keep ? prev : next, or rate * prev + (1 - rate) * next
   template <class R>
   RECATTN_FN void mix(int64_t t, int64_t b, int64_t j, const R* prev, R* next, int64_t n) const {
-    if (keep) {
-      const uint8_t* mask = keep + t * stride_t + b * stride_b + j;
+    if (keep.data) {
+      const uint8_t* mask = keep.data + t * keep.stride_t + b * keep.stride_b + j;
       RECATTN_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) next[i] = mask[i] ? prev[i] : next[i];
     } else if (rate != 0) {
@@ -99,8 +85,8 @@ struct Zoneout {
   // Of the gradient of what mix() left, the share of prev goes to `stays`; that of next stays in grad.
   template <class R>
   RECATTN_FN void split(int64_t t, int64_t b, int64_t j, R* grad, R* stays, int64_t n) const {
-    if (keep) {
-      const uint8_t* mask = keep + t * stride_t + b * stride_b + j;
+    if (keep.data) {
+      const uint8_t* mask = keep.data + t * keep.stride_t + b * keep.stride_b + j;
       RECATTN_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) {
         const R g = grad[i];
@@ -120,12 +106,8 @@ struct Zoneout {
   }
 };
 
-[[maybe_unused]] inline Zoneout zoneout_h(const Gated& p) {
-  return {p.keep_h, p.keep_h_stride_t, p.keep_h_stride_b, p.zoneout_h};
-}
-[[maybe_unused]] inline Zoneout zoneout_c(const Gated& p) {
-  return {p.keep_c, p.keep_c_stride_t, p.keep_c_stride_b, p.zoneout_c};
-}
+[[maybe_unused]] inline Zoneout zoneout_h(const Gated& p) { return {p.keep_h, p.zoneout_h}; }
+[[maybe_unused]] inline Zoneout zoneout_c(const Gated& p) { return {p.keep_c, p.zoneout_c}; }
 
 // sum of f(i) for i < n, over as many sums at once as vectorise.
 template <class R, class F>

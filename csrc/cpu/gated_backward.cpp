@@ -105,9 +105,8 @@ class Backward {
     for (int64_t t = steps_of(p, b); t < p.T; ++t) {
       memset(place(p.grad_x, p.dtype, t, b), 0, G * p.H * size_of(p.dtype));
     }
-    const R *h = static_cast<const R*>(p.grad_h_n), *c = static_cast<const R*>(p.grad_c_n);
-    copy_or_zero(flow_h + b * p.H, h ? h + b * p.H : nullptr, p.H);
-    if (LSTM) copy_or_zero(flow_c + b * p.H, c ? c + b * p.H : nullptr, p.H);
+    copy_or_zero(flow_h + b * p.H, p.grad_h_n, b * p.H, p.H);
+    if (LSTM) copy_or_zero(flow_c + b * p.H, p.grad_c_n, b * p.H, p.H);
   }
 
   R* dq(int64_t t, int64_t b) const {

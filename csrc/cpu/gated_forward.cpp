@@ -83,7 +83,7 @@ class Forward {
         scratch(memory.template take<R>(threads * (Workspace::bytes<R>((G + KEPT + 1) * width) / sizeof(R)))),
         mix_h(zoneout_h(p)), mix_c(zoneout_c(p)) {
     memset(zeros, 0, p.H * sizeof(R));
-    copy_or_zero(bias, static_cast<const R*>(p.bias_hh), G * p.H);
+    copy_or_zero(bias, p.bias_hh, 0, G * p.H);
     first = {packed, p.H, p.H, First::WIDTH, p.H * First::WIDTH};
     second = {packed_second, p.H, p.H, Second::WIDTH, p.H * Second::WIDTH};
   }
@@ -140,12 +140,12 @@ class Forward {
     const int64_t steps = steps_of(p, b);
     for (int64_t t = steps; t < p.T; ++t) memset(place(p.output, p.dtype, t, b), 0, p.H * size_of(p.dtype));
     if (steps > 0) return;
-    copy_or_zero(static_cast<R*>(p.h_n) + b * p.H, initial(p.h0, b), p.H);
-    if (C == Cell::lstm) copy_or_zero(static_cast<R*>(p.c_n) + b * p.H, initial(p.c0, b), p.H);
+    copy_or_zero(static_cast<R*>(p.h_n) + b * p.H, p.h0, b * p.H, p.H);
+    if (C == Cell::lstm) copy_or_zero(static_cast<R*>(p.c_n) + b * p.H, p.c0, b * p.H, p.H);
   }
 
   const R* initial(const void* state, int64_t b) const {
-    return state ? static_cast<const R*>(state) + b * p.H : nullptr;
+    return static_cast<const R*>(state) + b * p.H;
   }
 
   // A row's states lie in h_n and other_h in turn, the last one in h_n.

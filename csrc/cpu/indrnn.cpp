@@ -8,8 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
-#include "numeric.h"
+#include "rows.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -24,9 +23,6 @@ constexpr int64_t SUM_STEPS = 64;
 // A result of at least this many bytes goes past the caches to memory: to store it in them, they would first read what
 // it overwrites, and evict what is read next.
 constexpr int64_t STREAM_FROM = int64_t(8) << 20;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of the batch and a range of the hidden dimension.
 struct Tile {
@@ -57,10 +53,6 @@ S* row(const Sequence& s, int64_t t, int64_t b, int64_t h) {
 }
 
 inline bool ended(const Indrnn& p, int64_t t, int64_t b) { return p.lengths && t >= p.lengths[b]; }
-
-inline bool resets(const Indrnn& p, int64_t t, int64_t b) {
-  return p.reset && p.reset[t * p.reset_stride_t + b * p.reset_stride_b];
-}
 
 // Only whole lines of the cache can go past it, and a row must not share its last one.
 template <class S>
@@ -97,15 +89,6 @@ inline void end_streaming() {
 template <int WRITE, class S>
 void fetch(const S* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(from + i, WRITE);
-}
-
-template <class R>
-void copy_or_zero(R* __restrict to, const void* from, int64_t offset, int64_t n) {
-  if (from) {
-    memcpy(to, static_cast<const R*>(from) + offset, n * sizeof(R));
-  } else {
-    memset(to, 0, n * sizeof(R));
-  }
 }
 
 // Part of a row in the type that it is computed in: itself, or a copy in `buffer`.
@@ -146,7 +129,7 @@ void forward_tile(const IndrnnForward& p, Tile tile) {
   alignas(64) S line[CHUNK];
   alignas(64) R in[CHUNK], wide_out[CHUNK];
   for (int64_t b = tile.b0; b < tile.b1; ++b) copy_or_zero(state(b), p.h0, b * p.H + tile.h0, tile.width);
-  const bool interrupted = p.lengths || p.reset;
+  const bool interrupted = p.lengths || p.reset.data;
   const int64_t width = tile.width, x_ahead = ahead * p.x.stride_t, out_ahead = ahead * p.output.stride_t;
   const int64_t x_b = p.x.stride_b, out_b = p.output.stride_b;
   // A part of a row of a constant length: the compiler unrolls its loops.

@@ -13,6 +13,12 @@ struct Sequence {
   int64_t stride_t = 0, stride_b = 0;
 };
 
+// A bool tensor (T, B), or (T, B, H) whose last dimension is contiguous.
+struct Mask {
+  const uint8_t* data = nullptr;  // null: absent
+  int64_t stride_t = 0, stride_b = 0;
+};
+
 struct Indrnn {
   int64_t T, B, H;
   Dtype dtype;            // of the sequences; everything else is float32, or float64 beside float64
@@ -20,8 +26,7 @@ struct Indrnn {
   double negative_slope;
   const void* weight_hh;  // (H,)
   const void* h0;         // (B, H) or null
-  const uint8_t* reset;   // (T, B) or null
-  int64_t reset_stride_t, reset_stride_b;
+  Mask reset;             // (T, B)
   const int64_t* lengths;  // (B,) or null
   bool reverse;
   int threads;
@@ -78,13 +83,11 @@ struct Gated {
   const void *ln_weight, *ln_bias;        // (G * H,), or both null: no layer norm of weight_hh h
   const void *ln_c_weight, *ln_c_bias;    // (H,), or both null: no layer norm of the lstm's cell
   const void *h0, *c0;                    // (B, H) or null
-  const uint8_t* reset;                   // (T, B) or null
-  int64_t reset_stride_t, reset_stride_b;
+  Mask reset;                             // (T, B)
   const int64_t* lengths;                 // (B,) or null
   bool reverse;
   double zoneout_h, zoneout_c;            // the share of the state before that stays, where there is no mask
-  const uint8_t *keep_h, *keep_c;         // (T, B, H): where the state before stays; or null
-  int64_t keep_h_stride_t, keep_h_stride_b, keep_c_stride_t, keep_c_stride_b;
+  Mask keep_h, keep_c;                    // (T, B, H): where the state before stays
   int threads;
 };
 

@@ -13,16 +13,12 @@
 namespace recattn {
 namespace RECATTN_ISA {
 
-struct BFloat16 {
+struct BFloat16 : BFloat16Limits {
   uint16_t bits;
-  static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.96875f : 0.99609375f; }
 };
 
-struct Float16 {
+struct Float16 : Float16Limits {
   uint16_t bits;
-  static constexpr float smallest() { return 5.9604644775390625e-8f; }  // 2^-24
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.99609375f : 0.99951171875f; }
 };
 
 template <class S> struct Compute { using type = float; };

@@ -9,17 +9,13 @@
 namespace recattn {
 namespace RECATTN_ISA {
 
-// The 16-bit types. smallest() and below() serve keep_inside in cells.h.
-struct BFloat16 {
-  static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.96875f : 0.99609375f; }
+// The 16-bit types.
+struct BFloat16 : BFloat16Limits {
   static __device__ float load(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
   static __device__ uint16_t store(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 };
 
-struct Float16 {
-  static constexpr float smallest() { return 5.9604644775390625e-8f; }  // 2^-24
-  static constexpr float below(float bound) { return bound == 6.0f ? 5.99609375f : 0.99951171875f; }
+struct Float16 : Float16Limits {
   static __device__ float load(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ uint16_t store(float v) { return __half_as_ushort(__float2half_rn(v)); }
 };

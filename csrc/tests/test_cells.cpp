@@ -144,7 +144,7 @@ template <class S>
 void check_conversions(Format format) {
   for (uint32_t i = 0; i < 65536; ++i) {
     const uint16_t bits = uint16_t(i);
-    const float value = load(S{bits});
+    const float value = load(S{{}, bits});
     const double exact = decode(bits, format);
     CHECK(same(value, exact), "pattern %04x is loaded as %a, not %a", i, double(value), exact);
     const uint16_t back = stored<S>(value);

@@ -129,17 +129,13 @@ class GatedTest {
     p.ln_c_bias = data(ln_c_bias);
     p.h0 = data(h0);
     p.c0 = data(c0);
-    p.reset = data(reset);
-    p.reset_stride_t = c.B;
-    p.reset_stride_b = 1;
+    p.reset = {data(reset), c.B, 1};
     p.lengths = data(lengths);
     p.reverse = c.reverse;
     p.zoneout_h = c.rate_h();
     p.zoneout_c = c.rate_c();
-    p.keep_h = data(keep_h);
-    p.keep_c = data(keep_c);
-    p.keep_h_stride_t = p.keep_c_stride_t = c.B * c.H;
-    p.keep_h_stride_b = p.keep_c_stride_b = c.H;
+    p.keep_h = {data(keep_h), c.B * c.H, c.H};
+    p.keep_c = {data(keep_c), c.B * c.H, c.H};
     p.threads = c.threads;
   }
 

@@ -186,9 +186,7 @@ class Test {
     p.negative_slope = c.slope();
     p.weight_hh = u.data;
     p.h0 = h0.data;
-    p.reset = reset.data;
-    p.reset_stride_t = reset_stride_t();
-    p.reset_stride_b = reset_stride_b();
+    p.reset = {reset.data, reset_stride_t(), reset_stride_b()};
     p.lengths = lengths.data;
     p.reverse = c.reverse;
     p.threads = c.threads;
