@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def needs_grad(inputs: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in inputs]
+    if torch.is_grad_enabled():
+        for t in inputs:  # not any(...): a generator is a call more for every tensor
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def c_apply(function: Any) -> Callable[..., tuple[Any, ...]]:

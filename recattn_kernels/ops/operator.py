@@ -127,7 +127,7 @@ def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
         @staticmethod
         def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
             found = run(*args)
-            results: Sequence[Tensor] = (found,) if isinstance(found, Tensor) else found
+            results: Sequence[Tensor] = found if type(found) is tuple else (found,)
             ctx.save_for_backward(*args[: op.inputs], *(results[i] for i in op.saves))
             ctx.rest = args[op.inputs :]
             ctx.mark_non_differentiable(*results[op.outputs :])
