@@ -145,8 +145,13 @@ def allows_tf32() -> bool:
 
 
 @functools.cache
-def _plain_keys(device_type: str) -> Any:
-    return torch._C._dispatch_keys(torch.empty(0, device=device_type))
+def _plain_keys(device_type: str) -> tuple[Any, ...]:
+    """Of an ordinary tensor and of an inference tensor, which has none of autograd's."""
+    keys = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device_type)))
+    return tuple(keys)
 
 
 def dispatches(*inputs: Tensor | None) -> bool:
@@ -159,7 +164,7 @@ def dispatches(*inputs: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for x in inputs:  # not any(...): a generator is a call more for every tensor
-        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) != _plain_keys(x.device.type)):
+        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) not in _plain_keys(x.device.type)):
             return True
     return False
 
