@@ -49,17 +49,18 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "use_backend: name")
+        self.previous: list[str] = []  # one for each time it has been entered
 
     def __enter__(self) -> None:
         global _current
-        self.previous = _current
+        self.previous.append(_current)
         _current = self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _current
-        _current = self.previous
+        _current = self.previous.pop()
 
 
 def requested(op: str, name: str | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from recattn_kernels import BackendUnavailableError, backends, explain, indrnn, use_backend
 
@@ -129,3 +130,19 @@ def test_use_backend_chooses_and_restores() -> None:
     with pytest.raises(KeyError), use_backend("cuda"):
         raise KeyError
     assert backends.requested("indrnn", None) == backends._current != "cuda"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_use_backend_in_itself() -> None:
+    def nested(x: Tensor) -> tuple[Tensor, str]:
+        chosen = use_backend("reference")
+        with chosen:
+            with chosen:
+                output, _ = indrnn(x, U)
+            return output, backends.requested("indrnn", None)
+
+    before = backends._current
+    for function in (nested, torch.compile(nested, fullgraph=True, backend="eager")):
+        output, inside = function(X)
+        assert torch.equal(output, indrnn(X, U, backend="reference")[0])
+        assert inside == "reference" and backends._current == before
