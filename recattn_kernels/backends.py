@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
@@ -219,10 +221,21 @@ def choose(op: str, name: str | None, table: Table, call: Any) -> str:
     return "reference"
 
 
+_warned: set[str] = set()
+# A layer's forward is called by torch's Module.__call__.
+_NOT_THE_USERS = re.compile(r"recattn_kernels(\.|$)|torch\.nn\.modules\.module$")
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    """Points at the line outside this package that the call came from."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and _NOT_THE_USERS.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
