@@ -95,8 +95,8 @@ class RecurrentAttention(nn.Module):
         learn_std: makes the std of either coordinate a parameter, which starts there.
         stop: after each glimpse the model may stop and answer. In training it draws whether to, by the probability
             sigmoid(W_s h_t + b_s); in evaluation it stops where that is above 1/2.
-        backend: auto, reference, cpp, triton or cuda, of the glimpses and of the core; None takes that of
-            use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton, of the glimpses and of the core; None takes that of use_backend(), else
+            of RECATTN_BACKEND.
 
     Inputs:
         image: (B, C, H, W), any H and W, floating or uint8, which is divided by 255.

@@ -53,7 +53,7 @@ class SlotAttention(nn.Module):
             last one, the first-order implicit gradient of Chang et al.; iterations before it keep nothing.
             "bi-level": that, and the gradient of the last iteration's slots is handed to the initial ones (Jia et al.).
         device, dtype: of the parameters.
-        backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Inputs:
         inputs: (B, N, input_dim).
