@@ -233,7 +233,7 @@ class IndRNN(nn.Module):
         B, T = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         self._check(symbols, input, h0, reset, B, T)
         if lengths is not None:
-            lengths = checks.lengths("IndRNN", lengths, B, T, input)
+            lengths = checks.lengths("IndRNN", lengths, B, T, input, "input")
         batch = Padded(input, self.batch_first, lengths)
         # Zeros past the lengths, so that nothing which lies there gets into the gradient of weight_ih.
         return self._stack(batch.zero_padding(input), h0, reset, batch)

@@ -267,9 +267,9 @@ class SlotAttention(nn.Module):
                     f"{NAME}: num_slots must be at most {self.num_slots}, as that many are learned, got {K}"
                 )
         if slot_mask is not None:
-            checks.mask(NAME, "slot_mask", slot_mask, "(B, K)", (B, K), inputs)
+            checks.mask(NAME, "slot_mask", slot_mask, "(B, K)", (B, K), inputs, "inputs")
         if input_mask is not None:
-            checks.mask(NAME, "input_mask", input_mask, "(B, N)", (B, N), inputs)
+            checks.mask(NAME, "input_mask", input_mask, "(B, N)", (B, N), inputs, "inputs")
         checks.flag(NAME, "return_attn", return_attn)
         return int(K)
 
