@@ -95,7 +95,8 @@ class AdditiveAttention(nn.Module):
     def precompute(self, keys: Tensor) -> Tensor:
         """U k + b of keys (B, N, key_dim): (B, N, A), for the argument `projected` of every step."""
         _check("AdditiveAttention", "keys", keys, "(B, N, key_dim)", self.key_dim, self.weight)
-        return project(keys, self.project_keys.weight, self.project_keys.bias)
+        backend = backends.requested("AdditiveAttention", self.backend)
+        return project(keys, self.project_keys.weight, self.project_keys.bias, backend)
 
     def forward(
         self,
