@@ -132,7 +132,7 @@ def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...]
     device(op, name, value, beside, x)
 
 
-def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
+def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str = "x") -> Tensor:
     """Lengths as an int64 tensor (B,). A list or a CPU tensor is checked; a CUDA tensor is not read by the host."""
     if isinstance(value, (list, tuple)):
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
@@ -145,7 +145,7 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
     dtype(op, "lengths", result, (torch.int64,))
     shape(op, "lengths", result, "(B,)", (batch,))
     if result.device.type not in ("cpu", "meta"):
-        device(op, "lengths", result, "x", x)
+        device(op, "lengths", result, beside, x)
     elif not torch.compiler.is_compiling():
         length_values(op, result, steps)
     return result

@@ -19,6 +19,7 @@ from conftest import INTERPRETING
 from recattn_kernels import backends, registry
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(
     not HAS_TRITON or INTERPRETING, reason="Triton is not installed, or interprets its kernels"
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from recattn_kernels import BackendUnavailableError, backends, explain, indrnn, use_backend
 
@@ -129,3 +132,38 @@ def test_use_backend_chooses_and_restores() -> None:
     with pytest.raises(KeyError), use_backend("cuda"):
         raise KeyError
     assert backends.requested("indrnn", None) == backends._current != "cuda"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_use_backend_in_itself() -> None:
+    def nested(x: Tensor) -> tuple[Tensor, str]:
+        chosen = use_backend("reference")
+        with chosen:
+            with chosen:
+                output, _ = indrnn(x, U)
+            return output, backends.requested("indrnn", None)
+
+    before = backends._current
+    for function in (nested, torch.compile(nested, fullgraph=True, backend="eager")):
+        output, inside = function(X)
+        assert torch.equal(output, indrnn(X, U, backend="reference")[0])
+        assert inside == "reference" and backends._current == before
+
+
+class Call(NamedTuple):
+    """Of a GPU that need not be there."""
+
+    x: Any = SimpleNamespace(device=torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_warning_points_at_the_users_line() -> None:
+    ours: dict[str, Any] = {"__name__": "recattn_kernels.layers.of_this_test", "torch": torch, "backends": backends}
+    exec("class Layer(torch.nn.Module):\n def forward(self, *args): return backends.choose(*args)", ours)
+    layer, call = ours["Layer"](), ("of this test", "auto", {}, Call())
+    with pytest.warns(UserWarning, match="no fused backend") as warned:
+        layer(*call)
+        layer(*call)  # said once, wherever the calls come from
+    assert [linecache.getline(w.filename, w.lineno).strip() for w in warned] == ["layer(*call)"]
+    with pytest.warns(UserWarning, match="^compiled$"):
+        torch.compile(lambda x: (backends._warn_once("compiled"), x + 1)[1], fullgraph=True, backend="eager")(X)

@@ -234,11 +234,11 @@ class Gated(nn.Module):
         if self.layer_norm:
             parts = ("hh", "c") if self._op == "lstm" else ("hh",)
             norm = tuple(parameter(f"ln_{part}_{what}") for part in parts for what in ("weight", "bias"))
-            x = project(x, parameter("weight_ih"), None)
+            x = project(x, parameter("weight_ih"), None, backend)
             bias = parameter("ln_ih_bias") if b_ih is None else parameter("ln_ih_bias") + b_ih
             x = sequence.layer_norm(x, parameter("ln_ih_weight"), bias).to(x.dtype)  # autocast returns float32
         else:
-            x = project(x, parameter("weight_ih"), b_ih)
+            x = project(x, parameter("weight_ih"), b_ih, backend)
         if autocasts(x):
             if self._promotes and x.device.type == "cpu" and x.dtype != (source if states is None else states[0].dtype):
                 x = x.float()
