@@ -253,9 +253,9 @@ class AttentionLSTMCell(nn.Module):
 
 
 def _rows(name: str, value: Tensor, query: Tensor) -> None:
-    if len(value) != len(query):
+    if value.shape[0] != query.shape[0]:
         raise ValueError(
-            f"AdditiveAttention: {name} must be (B, N, ...) with B = {len(query)}, got {tuple(value.shape)}"
+            f"AdditiveAttention: {name} must be (B, N, ...) with B = {query.shape[0]}, got {tuple(value.shape)}"
         )
 
 

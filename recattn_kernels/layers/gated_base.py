@@ -24,6 +24,8 @@ from recattn_kernels.ops.rnn.api import rnn
 Self = TypeVar("Self", bound="Gated")
 States = tuple[Tensor, ...]  # (h,), in the LSTM (h, c)
 
+MANY = 64  # steps, or rows, where the rule that chooses a backend may not ask how many
+
 
 class Gated(nn.Module):
     """Comes before a class of torch.nn in the bases of one of ours: its constructor, parameters and checks are torch's.
@@ -189,6 +191,8 @@ class Gated(nn.Module):
         if extras or T == 0 or backends.under_transform():
             return name
         dtype = projected_dtype(input, input.dtype)
+        if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
+            T, B = 1 if T == 1 else MANY, MANY
         vendor = (
             getattr(self, "proj_size", 0) > 0
             or vendor_is_faster(

@@ -33,6 +33,8 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "
 
 
 def _packed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():  # before a rule on sizes: compiled for one side of it, an export takes no other
+        return False
     # Of a few rows a product takes as long as reading weight, and F.linear costs less Python.
     if input.numel() < 16 * input.shape[-1] or input.shape[-1] == 0:
         return False

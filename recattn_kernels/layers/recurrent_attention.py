@@ -13,7 +13,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
-from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
@@ -222,9 +222,10 @@ class RecurrentAttention(nn.Module):
         loc_dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
         noise = chance = None
         if self.training:
-            noise = torch.randn(T, B * M, 2, generator=generator, device=image.device, dtype=loc_dtype)
+            drawn = {**from_generator(generator), "device": image.device, "dtype": loc_dtype}
+            noise = torch.randn(T, B * M, 2, **drawn)
             if self.stop:
-                chance = torch.rand(T, B * M, generator=generator, device=image.device, dtype=loc_dtype)
+                chance = torch.rand(T, B * M, **drawn)
         std = self._log_std(weight).detach().to(loc_dtype).exp()
 
         h = c = weight.new_zeros(B * M, self.hidden_size)

@@ -13,7 +13,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers import slot_attention_weights
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import GRUCell
-from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
@@ -220,7 +220,7 @@ class SlotAttention(nn.Module):
         mu = self.slots_mu
         if self.slots_log_sigma is None:
             return mu[:, :K].expand(B, -1, -1)
-        noise = torch.randn(B, K, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
+        noise = torch.randn(B, K, self.dim, **from_generator(generator), device=mu.device, dtype=mu.dtype)
         return mu + self.slots_log_sigma.exp() * noise
 
     def _iteration(
@@ -274,7 +274,7 @@ class SlotAttention(nn.Module):
         if input_mask is not None:
             checks.mask(NAME, "input_mask", input_mask, "(B, N)", (B, N), inputs, "inputs")
         checks.flag(NAME, "return_attn", return_attn)
-        return int(K)
+        return K
 
     @classmethod
     def preset(cls, name: str, num_slots: int, dim: int, **options: Any) -> SlotAttention:

@@ -63,6 +63,8 @@ def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
     Exact: in eps_mode "add", where the weights of a slot add up to 1. With heads that compete by themselves there
     would be keys for every head; those that compete jointly are as good as slots of one head.
     """
+    if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
+        N, K = 1024, layer.num_slots
     rows = layer.heads * K
     if layer.eps_mode != "add" or layer.eps == 0 or (layer.heads > 1 and layer.head_softmax != "joint"):
         return False

@@ -96,7 +96,7 @@ def _once(*args: Any) -> tuple[Tensor | None, ...]:
 SHARED = _Shared(
     "slot_attention_shared",
     inputs="Tensor k, Tensor? v, Tensor? slot_mask, Tensor? input_mask",
-    options="int times, int K, float scale, float eps, bool denominator",
+    options="int times, SymInt K, float scale, float eps, bool denominator",
     outputs=("pending",),
     definition=_empty_shared,
     empty=_empty_shared,
@@ -165,5 +165,6 @@ def pays(backend: str, call: Call) -> bool:
     _, k, v, *_ = call.inputs
     assert k is not None
     if backend == "cpp":
-        return v is not None and call.x.shape[-2] <= MOST_SLOTS_ON_CPU
+        # A compiled graph does not ask for sizes: it would be one for each answer.
+        return v is not None and (torch.compiler.is_compiling() or call.x.shape[-2] <= MOST_SLOTS_ON_CPU)
     return k.dtype != torch.float32 or backends.allows_tf32()
