@@ -1,5 +1,7 @@
-"""slot_attention in Triton: configurations, launches, what is compiled ahead of time. Kernels: triton_kernels.py; dk and
-dv of several calls: triton_inputs.py."""
+"""slot_attention in Triton: configurations, launches, what is compiled ahead of time. Kernels: triton_kernels.py.
+
+What leaves dk and dv of several calls to one pass: triton_inputs.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from recattn_kernels.ops.slot_attention.triton_arguments import (
     common,
     is_narrow,
 )
-from recattn_kernels.ops.slot_attention.triton_inputs import inputs_backward, inputs_launch
+from recattn_kernels.ops.slot_attention.triton_inputs import inputs_backward as inputs_backward
+from recattn_kernels.ops.slot_attention.triton_inputs import inputs_launches
+from recattn_kernels.ops.slot_attention.triton_inputs_kernels import inputs_backward_kernel
 from recattn_kernels.ops.slot_attention.triton_kernels import (
     backward_kernel,
     finish_forward_kernel,
@@ -179,7 +183,8 @@ def backward(
 def example(
     on: Machine, dtype: torch.dtype, K: int, D: int, full: bool, B: int = 3, N: int = 1000
 ) -> tuple[Launch, ...]:
-    """What a call on the meta device launches; full: with every option, else with v=None and none."""
+    """What a call on the meta device launches, and several in a backward of their own; full: with every option, else
+    with v=None and none."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -196,7 +201,12 @@ def example(
     backward = backward_launches(
         (updates, attn if full else None), (updates, mean, den), inputs, options, grads, on
     )  # fmt: skip
-    return *forward_launches((*inputs, *options), results, on), *backward
+    alone = backward_launches(
+        (updates, None), (updates, mean, den), inputs, options, (grads[0], None, None, bias), on
+    )  # fmt: skip
+    calls = empty(3, *q.shape[:-1], 3 * D + 2, dtype=torch.float32)
+    shared = inputs_launches(calls, k, v, *masks, 0.1, 1e-8, False, grads[1:3], on)
+    return *forward_launches((*inputs, *options), results, on), *backward, *alone, *shared
 
 
 def aot_variants(lanes: int, full: bool) -> Variants:
@@ -207,10 +217,19 @@ def aot_variants(lanes: int, full: bool) -> Variants:
     more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 16}))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
-        name = "-".join(filter(None, words))
-        for launch in example(Machine(lanes, 132, 2**16), dtype, K, D, options):
-            if i == 0 or launch.kernel in (forward_kernel, backward_kernel):  # the sums are the same for all
-                yield Variant(f"{launch.kernel.fn.__name__}-{name}", launch, shared=2**16)
+        name, seen = "-".join(filter(None, words)), set()
+        for shared in (2**16, 2**17) if full and lanes == 32 else (2**16,):  # every GPU's, and NVIDIA's for servers
+            for launch in example(Machine(lanes, 132, shared), dtype, K, D, options):
+                kernel = launch.kernel.fn.__name__
+                if launch.kernel is inputs_backward_kernel:
+                    kernel += f"-{launch.args['BLOCK_D']}"
+                elif launch.kernel is backward_kernel and launch.args["dk_ptr"] is None:
+                    kernel += "-queries"
+                # Of the others one is as good as another.
+                many = launch.kernel in (forward_kernel, backward_kernel, inputs_backward_kernel)
+                if kernel not in seen and (i == 0 or many and (full or "queries" not in kernel)):
+                    seen.add(kernel)
+                    yield Variant(f"{kernel}-{name}", launch, shared=shared)
 
 
 def aot_same(lanes: int) -> SameCompilation:

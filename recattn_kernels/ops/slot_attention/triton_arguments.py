@@ -32,6 +32,12 @@ def is_narrow(*multiplied: Tensor | None) -> bool:
     return len(dtypes) == 1 and torch.float32 not in dtypes
 
 
+def is_aligned(sizes: Sizes, k: Tensor, v: Tensor | None) -> bool:
+    """Whether rows begin at multiples of 16 numbers."""
+    strides = (stride for x in (k, v) if x is not None for stride in contiguous_rows(x).stride()[:-1])
+    return all(size % 16 == 0 for size in (sizes.D, sizes.Dv, *strides))
+
+
 def common(
     sizes: Sizes, k: Tensor, v: Tensor | None, slot_mask: Tensor | None, input_mask: Tensor | None, eps: float,
     denominator: bool, narrow: bool, tile: Tile, on: Machine,
@@ -49,8 +55,7 @@ def common(
         "TYPE": TYPES[kind], "PRECISION": precision,
     }  # fmt: skip
     arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
-    distances = [arguments[f"{name}_stride_{of}"] for name in "kv" for of in "bhn"]
-    return arguments | {"ALIGNED": all(size % 16 == 0 for size in (sizes.D, sizes.Dv, *distances))}
+    return arguments | {"ALIGNED": is_aligned(sizes, k, v)}
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

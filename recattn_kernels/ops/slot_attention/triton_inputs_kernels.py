@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import triton
 import triton.language as tl
 
 from recattn_kernels.ops.slot_attention.triton_kernels import (
@@ -25,16 +26,53 @@ from recattn_kernels.ops.slot_attention.triton_kernels import (
 from recattn_kernels.triton_launch import kernel
 
 
-@partial(kernel, aligned=("calls_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr"))
-def inputs_backward_kernel(
-    calls_ptr, k_ptr, v_ptr, slot_mask_ptr, input_mask_ptr, dk_ptr, dv_ptr, scale, eps, T, B, H, K, N, D, E,
-    k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-    DENOMINATOR: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+@triton.jit
+def pairs(inputs, slots, total, SLOTS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + the products of each input with each slot, which lie along dimension SLOTS."""
+    if SLOTS == 1:
+        total = product(inputs, tl.trans(slots), total, TYPE, PRECISION)
+    else:
+        total = product(slots, tl.trans(inputs), total, TYPE, PRECISION)
+    return total
+
+
+@triton.jit
+def over_slots(pairs, slots, total, SLOTS: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + for each input, the sum over slots of pairs times slots."""
+    if SLOTS == 0:
+        pairs = tl.trans(pairs)
+    return product(pairs, slots, total, TYPE, PRECISION)
+
+
+@kernel
+def calls_kernel(
+    calls_ptr, q_ptr, g_ptr, bias_ptr, delta_ptr, R, D, E, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # calls: (T, B, H, K, D + E + E + 2), of each of T calls and of each slot q, dupdates, updates, bias, den
-    # A[n, k] = softmax over k of scale * q[k] . k[n] + bias[k];  g = dupdates / den
-    # dA[n, k] = g[k] . v[n] - g[k] . updates[k];  dS = A * (dA - sum over j of A[n, j] dA[n, j])
+    # calls: (R, D + E + E + 2), of every slot of every call q, dupdates, updates, bias, den
+    # g = dupdates / den;  delta = g . updates
+    row, stride = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), D + E + E + 2
+    valid = row < R
+    last = calls_ptr + row * stride + D + E + E
+    den = tl.load(last + 1, mask=valid, other=0.0)
+    q = load_rows(calls_ptr, row, stride, valid, D, 0, BLOCK_D)
+    g = flow(calls_ptr + D, den, row, stride, valid, E, 0, BLOCK_D, TYPE, PRECISION)
+    updates = load_rows(calls_ptr + D + E, row, stride, valid, E, 0, BLOCK_D)
+    store_rows(q_ptr, row, D, valid, D, 0, q, BLOCK_D)
+    store_rows(g_ptr, row, E, valid, E, 0, g, BLOCK_D)
+    tl.store(bias_ptr + row, tl.load(last, mask=valid, other=0.0), mask=valid)
+    tl.store(delta_ptr + row, tl.sum(g.to(tl.float32) * updates, 1), mask=valid)
+
+
+@partial(kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "g_ptr", "dk_ptr", "dv_ptr"))
+def inputs_backward_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, delta_ptr, slot_mask_ptr, input_mask_ptr, dk_ptr, dv_ptr, scale, eps, T, B, H,
+    K, N, D, E, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    DENOMINATOR: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    # A[n, k] = softmax over k of scale * q[k] . k[n] + bias[k], of each of T calls
+    # dA[n, k] = g[k] . v[n] - delta[k];  dS = A * (dA - sum over j of A[n, j] dA[n, j])
     # dv[n] = sum over calls and k of (A + eps) g[k];  dk[n] = scale * sum over calls and k of dS q[k]
     program, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     chunk, block, sample = program % CHUNKS, program // CHUNKS % blocks, program // CHUNKS // blocks
@@ -42,7 +80,6 @@ def inputs_backward_kernel(
     D, E = hint(D, ALIGNED), hint(E, ALIGNED)
     k_stride_b, k_stride_h, k_stride_n = hint(k_stride_b, ALIGNED), hint(k_stride_h, ALIGNED), hint(k_stride_n, ALIGNED)
     v_stride_b, v_stride_h, v_stride_n = hint(v_stride_b, ALIGNED), hint(v_stride_h, ALIGNED), hint(v_stride_n, ALIGNED)
-    stride = D + E + E + 2
     k_ptr += b * k_stride_b + h.to(tl.int64) * k_stride_h
     if v_ptr is not None:
         v_ptr += b * v_stride_b + h.to(tl.int64) * v_stride_h
@@ -57,40 +94,38 @@ def inputs_backward_kernel(
     row, rows = first_row + tl.arange(0, ROWS), B.to(tl.int64) * H * K
     dk, dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for _ in range(T):
-        bias = tl.load(calls_ptr + row * stride + D + E + E, mask=valid, other=0.0)
-        den = tl.load(calls_ptr + row * stride + D + E + E + 1, mask=valid, other=0.0)
-        own_q = load_rows(calls_ptr, row, stride, valid, D, chunk, BLOCK_D)
-        own_g = flow(calls_ptr + D, den, row, stride, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
-        scores, grad = tl.zeros((BLOCK_N, ROWS), tl.float32), tl.zeros((BLOCK_N, ROWS), tl.float32)
-        delta = tl.zeros((ROWS,), tl.float32)
+        own_q = load_rows(q_ptr, row, D, valid, D, chunk, BLOCK_D)
+        own_g = load_rows(g_ptr, row, E, valid, E, chunk, BLOCK_D)
+        bias = tl.load(bias_ptr + row, mask=valid, other=0.0)
+        zero = tl.zeros((BLOCK_N, ROWS) if SLOTS == 1 else (ROWS, BLOCK_N), tl.float32)
+        scores, grad = zero, zero
         for c in range(chunks_of(tl.maximum(D, E), CHUNKS, BLOCK_D)):
             keys_c, values_c, q_c, g_c = keys, values, own_q, own_g
             if CHUNKS > 1:
                 keys_c = load_rows(k_ptr, n, k_stride_n, keep, D, c, BLOCK_D)
-                q_c = load_rows(calls_ptr, row, stride, valid, D, c, BLOCK_D)
-            scores = product(keys_c, tl.trans(q_c), scores, SCORE_TYPE, PRECISION)
+                q_c = load_rows(q_ptr, row, D, valid, D, c, BLOCK_D)
+            scores = pairs(keys_c, q_c, scores, SLOTS, SCORE_TYPE, PRECISION)
             if dk_ptr is not None:
                 if CHUNKS > 1:
                     values_c = keys_c
                     if v_ptr is not None:
                         values_c = load_rows(v_ptr, n, v_stride_n, keep, E, c, BLOCK_D)
-                    g_c = flow(calls_ptr + D, den, row, stride, valid, E, c, BLOCK_D, TYPE, PRECISION)
-                grad = product(values_c, tl.trans(g_c), grad, TYPE, PRECISION)
-                updates = load_rows(calls_ptr + D + E, row, stride, valid, E, c, BLOCK_D)
-                delta += tl.sum(g_c.to(tl.float32) * updates, 1)
-        attn = competition(scores, scale, bias, valid, keep, 1)
+                    g_c = load_rows(g_ptr, row, E, valid, E, c, BLOCK_D)
+                grad = pairs(values_c, g_c, grad, SLOTS, TYPE, PRECISION)
+        attn = competition(scores, scale, bias, valid, keep, SLOTS)
         if dk_ptr is not None:
-            grad -= delta[None, :]
-            ds = attn * (grad - tl.sum(attn * grad, 1)[:, None])
-            dk = product(ds * scale, own_q, dk, TYPE, PRECISION)
+            grad -= tl.expand_dims(tl.load(delta_ptr + row, mask=valid, other=0.0), 1 - SLOTS)
+            ds = attn * (grad - tl.expand_dims(tl.sum(attn * grad, SLOTS), SLOTS))
+            dk = over_slots(ds * scale, own_q, dk, SLOTS, TYPE, PRECISION)
         if dv_ptr is not None or v_ptr is None:
             weights = attn
             if not DENOMINATOR:
-                weights = tl.where(valid[None, :] & keep[:, None], attn + eps, 0.0)
+                inside = tl.expand_dims(valid, 1 - SLOTS) & tl.expand_dims(keep, SLOTS)
+                weights = tl.where(inside, attn + eps, 0.0)
             if v_ptr is None:
-                dk = product(weights, own_g, dk, TYPE, PRECISION)
+                dk = over_slots(weights, own_g, dk, SLOTS, TYPE, PRECISION)
             else:
-                dv = product(weights, own_g, dv, TYPE, PRECISION)
+                dv = over_slots(weights, own_g, dv, SLOTS, TYPE, PRECISION)
         row += rows
     out = n + (b * H + h) * N
     if dk_ptr is not None:
