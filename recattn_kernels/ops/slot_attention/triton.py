@@ -227,7 +227,7 @@ def aot_variants(lanes: int, full: bool) -> Variants:
                     kernel += "-queries"
                 # Of the others one is as good as another.
                 many = launch.kernel in (forward_kernel, backward_kernel, inputs_backward_kernel)
-                if kernel not in seen and (i == 0 or many and (full or "queries" not in kernel)):
+                if kernel not in seen and (i == 0 or (many and (full or "queries" not in kernel))):
                     seen.add(kernel)
                     yield Variant(f"{kernel}-{name}", launch, shared=shared)
 
