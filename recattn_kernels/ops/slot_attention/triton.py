@@ -85,13 +85,16 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
 
 def arguments_of(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
     """The arguments that both directions take."""
-    q, k, v, bias, *masks = inputs
+    q, k, v, bias, slot_mask, input_mask = inputs
     scale, eps, denominator, _, _ = options
     own = {
         "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "scale": scale_of(q, scale), "P": chosen.parts,
         "GROUP": chosen.group,
     }  # fmt: skip
-    return own | common(sizes_of(q, k, v), k, v, *masks, eps, denominator, is_narrow(q, k, v), chosen.tile, on)
+    narrow = is_narrow(q, k, v)
+    return own | common(
+        sizes_of(q, k, v), k, v, slot_mask, input_mask, eps, denominator, narrow, chosen.tile, on
+    )  # fmt: skip
 
 
 def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine) -> tuple[Launch, Launch]:
@@ -205,7 +208,7 @@ def example(
         (updates, None), (updates, mean, den), inputs, options, (grads[0], None, None, bias), on
     )  # fmt: skip
     calls = empty(3, *q.shape[:-1], 3 * D + 2, dtype=torch.float32)
-    shared = inputs_launches(calls, k, v, *masks, 0.1, 1e-8, False, grads[1:3], on)
+    shared = inputs_launches(calls, k, v, masks[0], masks[1], 0.1, 1e-8, False, grads[1:3], on)
     return *forward_launches((*inputs, *options), results, on), *backward, *alone, *shared
 
 

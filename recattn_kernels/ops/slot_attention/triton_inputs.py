@@ -23,29 +23,29 @@ from recattn_kernels.triton_launch import Launch, Machine, guard, machine
 
 DTYPES = {kind: dtype for dtype, kind in TYPES.items()}
 CALLS_ROWS = 4  # of a program
-NUM_STAGES = 1
 
 
 def plan(sizes: Sizes, k: Tensor, v: Tensor | None, on: Machine) -> tuple[Tile, int]:
-    """A program's tile, and the dimension of its products of inputs and slots along which the slots lie."""
+    """A program's tile, and SLOTS: see triton_inputs_kernels.py."""
     rows = max(16, triton.next_power_of_2(sizes.K))
     widest = max(16, triton.next_power_of_2(max(sizes.D, sizes.Dv)))
     half, aligned, slots = k.dtype == torch.float16, is_aligned(sizes, k, v), 0
     # What the registers hold, as tests/test_aot.py finds it: see triton.py.
     if is_narrow(k, v) and not (half and on.lanes == 64):
-        block_d = min(widest, 256, (4096 if half and rows >= 32 else 8192) // rows)
-        block_n = 16 if rows > (16 if half else 32) else 32
+        easy = aligned and not half
+        block_d = min(widest, 256, (8192 if easy or rows < 32 else 4096) // rows)
+        block_n = 32 if rows <= (32 if easy else 16) else 16
         # Shared memory has q and g as a left and as a right operand, k and v once.
         column = 14 * rows + 6 * block_n if half else 8 * rows + 4 * block_n
         while column * block_d > on.shared:
             block_d //= 2
         num_warps = 4 if rows * block_d <= 1024 else 8
         if block_d < widest:  # k and v are read anew for every call: what they are read with takes registers too
-            block_d, block_n, num_warps = min(block_d, 128 if aligned else 64), 16, 8
-        if not half and rows <= 32 and widest <= 64 and aligned:
+            block_d, block_n, num_warps = min(block_d, 128 if aligned else max(16, 1024 // rows)), 16, 8
+        if easy and rows <= 32 and widest <= 64:
             block_n, num_warps, slots = 64, 4, 1
     else:
-        block_d = max(16, min(widest, 64 if aligned else 32, 1024 // rows))
+        block_d = max(16, min(widest, 64 if aligned or widest <= 64 else 32, 1024 // rows))
         block_n, num_warps = 16, 8
     if on.interpreted:
         block_n = INTERPRETER_BLOCK
@@ -78,7 +78,7 @@ def inputs_launches(
     programs = B * heads * triton.cdiv(sizes.N, tile.block_n) * tile.chunks
     return (
         Launch(calls_kernel, (triton.cdiv(rows, CALLS_ROWS),), prepare, 4, REGISTERS),
-        Launch(inputs_backward_kernel, (programs,), arguments, tile.num_warps, REGISTERS, num_stages=NUM_STAGES),
+        Launch(inputs_backward_kernel, (programs,), arguments, tile.num_warps, REGISTERS),
     )
 
 

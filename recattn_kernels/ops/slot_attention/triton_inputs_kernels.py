@@ -1,7 +1,9 @@
-"""The Triton kernel of dk and dv of several calls of slot attention: a program takes one block of a sample's inputs.
+"""The Triton kernels of dk and dv of several calls of slot attention: a program takes one block of a sample's inputs.
 
-The block is (BLOCK_N, ROWS), inputs by slots: A and dS, as the first product leaves them in the registers, are then
-what the last products multiply, and the inputs fill the rows of a matrix unit that 16 slots would not.
+It reads k and v once, unless they are wider than BLOCK_D, and writes dk and dv once. SLOTS is the dimension of A along
+which its slots lie. 1: the inputs fill the rows of a matrix unit that 16 slots would not, and A and dS, as the first
+products leave them in the registers, are what the last ones multiply. 0: Triton gives each warp columns of dk and dv
+rather than rows, of which, where they are wide, no warp could hold sixteen.
 """
 
 # mypy: ignore-errors
