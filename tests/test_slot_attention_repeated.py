@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends, conformance
+from recattn_kernels import SlotAttention, backends, conformance
+from recattn_kernels.ops.slot_attention import repeated as module
+from recattn_kernels.ops.slot_attention.api import normalise
 from recattn_kernels.ops.slot_attention.repeated import repeated
 from recattn_kernels.spec import cast, tensors
 
 TIMES = 3
-BACKENDS = [pytest.param("triton", marks=pytest.mark.interpret)]
+BACKENDS = ["cpp", pytest.param("triton", marks=pytest.mark.interpret)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -92,17 +94,18 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def load(op: str, backend: str) -> Any:
-        module = loaded(op, backend)
+        found = loaded(op, backend)
 
         def inputs_backward(*args: Any) -> Any:
             made.append(backend)
-            return module.inputs_backward(*args)
+            return found.inputs_backward(*args)
 
-        names = {"forward": module.forward, "backward": module.backward, "inputs_backward": inputs_backward}
+        names = {"forward": found.forward, "backward": found.backward, "inputs_backward": inputs_backward}
         return SimpleNamespace(**names)
 
     loaded = backends.load
     monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(module, "pays", lambda backend, call: True)
     return made
 
 
@@ -123,7 +126,7 @@ def test_gradients_conform(backend: str, case: Case, dtype: torch.dtype, passes:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_conform(backend: str) -> None:
+def test_second_derivatives_conform(backend: str, passes: list[str]) -> None:
     case = CASES["everything"]._replace(sizes=(1, 3, 7, 4, 5), heads=0)
 
     def first(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -151,3 +154,45 @@ def test_one_gradient_needed_and_calls_apart(backend: str, needed: str, passes: 
 
     judge(apart, case, backend, F32)
     assert passes == [backend]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_layer_makes_one_pass_and_compiles(heads: int, passes: list[str]) -> None:
+    layer = SlotAttention(3, 8, heads=heads, eps_mode="denominator", backend="cpp")
+    inputs = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    slots = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    leaves = (inputs, *(p for name, p in layer.named_parameters() if not name.startswith("slots_")))
+
+    def gradients(layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(inputs, slots).square().sum(), leaves)
+
+    found = gradients(layer)
+    assert passes == ["cpp"]
+    compiled = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert passes == ["cpp", "cpp"]
+    module.pays = lambda backend, call: False
+    plain = gradients(layer)
+    assert passes == ["cpp", "cpp"]
+    for of_layer, of_compiled, of_plain in zip(found, compiled, plain, strict=True):
+        torch.testing.assert_close(of_layer, of_plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_compiled, of_layer, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_on_a_cpu() -> None:
+    """One pass pays where k and v are two tensors, and the slots few."""
+    k = torch.randn(1, 4, 2)
+
+    def pays(K: int, v: Tensor | None) -> bool:
+        return module.pays("cpp", normalise(torch.randn(1, K, 2), k, v))
+
+    assert [pays(7, k.clone()), pays(24, k.clone()), pays(7, None)] == [True, False, False]
+
+
+def test_opcheck() -> None:
+    q, k, v, bias = (torch.randn(2, n, 4).requires_grad_() for n in (3, 9, 9, 3))
+    options = (0.5, 1e-8, False)
+    (pending,) = module.SHARED.on("cpp", (k, v, None, None), (2, 3, *options))
+    ops = torch.ops.recattn_kernels
+    torch.library.opcheck(ops.slot_attention_shared.default, (k, v, None, None, 2, 3, *options, "cpp"))
+    inputs = (q, k, v, bias[..., 0], None, None, pending.detach().requires_grad_())
+    torch.library.opcheck(ops.slot_attention_once.default, (*inputs, *options, False, False, "cpp"))
