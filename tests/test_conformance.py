@@ -101,6 +101,13 @@ def test_float32_parameters_beside_sixteen_bit_x(
     judge(conformance.compare(spec, sample, backend, dtype, device, mixed=True))
 
 
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in OPS])
+def test_every_op_has_the_samples_that_tests_ask_for(spec: OpSpec) -> None:
+    names = [sample.name for sample in spec.samples]
+    assert len(set(names)) == len(names)
+    assert {"plain", "everything"} <= set(names)
+
+
 def test_the_rule_can_fail() -> None:
     """A kernel that is wrong in one element of one gradient by a few units in the last place does not conform."""
     spec = OPS[0]
