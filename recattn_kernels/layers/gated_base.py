@@ -37,6 +37,7 @@ class Gated(nn.Module):
     recurrent_dropout: float = 0.0
     grad_clip: float | None = None
     backend: str | None = None
+    _patched: bool = False  # whether patch_model made it of one of torch.nn's
 
     _op: ClassVar[str]
     _vendor: ClassVar[type[nn.Module]]  # the class of torch.nn
