@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, autocasts, projected_dtype
-from recattn_kernels.layers.gated_backend import fused_backend, vendor_is_faster
+from recattn_kernels.layers.gated_backend import fused_runs, vendor_is_faster
 from recattn_kernels.layers.lstmp import lstmp
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded
@@ -39,6 +39,7 @@ class Gated(nn.Module):
     recurrent_dropout: float = 0.0
     grad_clip: float | None = None
     backend: str | None = None
+    _patched: bool = False  # whether patch_model made it of one of torch.nn's
 
     _op: ClassVar[str]
     _vendor: ClassVar[type[nn.Module]]  # the class of torch.nn
@@ -205,7 +206,7 @@ class Gated(nn.Module):
                 packed=packed is not None,
                 needs_grad=differentiates and (input.requires_grad or self._weight_hh().requires_grad),
             )
-            or fused_backend(self._op, self._cell, self._weight_hh(), dtype, T, B, packed) is None
+            or not fused_runs(self._op, self._cell, self._weight_hh(), dtype, T, B, packed)
         )
         return "vendor" if vendor else name
 
