@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from recattn_kernels import backends
+
 # As csrc/cpu/isa.h's enum Dtype has them.
 CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def cpu() -> Any:
+    """The kernels of csrc/cpu, where they are built."""
+    return backends.extension("_cpu")
 
 
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -20,6 +29,11 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def present(x: Tensor) -> int:
+    """The pointer of a tensor that is empty where it is absent."""
+    return x.data_ptr() if x.numel() else 0
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -29,6 +43,6 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def strided(x: Tensor | None, time: int) -> tuple[int, int, int]:
+def sequence(x: Tensor | None, time: int) -> tuple[int, int, int]:
     """Pointer, stride over time and stride over the batch of a sequence; zeros for an absent one."""
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(time), x.stride(1 - time))

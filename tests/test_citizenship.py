@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import recattn_kernels
 from recattn_kernels import BackendUnavailableError, backends
 from recattn_kernels.registry import OPS
 from recattn_kernels.spec import OpSpec, Sample, cast, tensors
@@ -80,6 +82,40 @@ def test_third_derivative_equals_the_references(spec: OpSpec, sample: Sample, ba
             value = sum((g * g).sum() for g in grads)
         results.append(torch.autograd.grad(value, function.inputs))
     torch.testing.assert_close(*results)
+
+
+def alone(op: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """An output as a function of an input that it does not depend on, and that input."""
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    if op == "slot_attention":
+        q, k = new(2, 3, 4), new(2, 5, 4)
+        return lambda v: recattn_kernels.slot_attention(q, k, v, return_attn=True, backend="cpp")[1], new(2, 5, 6)
+    if op == "additive_attention":
+        q, k, w = new(2, 4), new(2, 5, 4), new(4)
+        call = recattn_kernels.additive_attention
+        return lambda values: call(q, k, w, values, return_weights=True, backend="cpp")[1], new(2, 5, 6)
+    x, weight_hh, state, norm = new(1, 2, 12), new(12, 3), (new(2, 3), new(2, 3)), (new(12), new(12))
+
+    def c_n(weight_c: Tensor) -> Tensor:  # the norm of c is of what h is made of
+        layer_norm = (*norm, weight_c, weight_c)
+        return recattn_kernels.lstm(x, weight_hh, state, layer_norm=layer_norm, backend="cpp")[1][1]
+
+    return c_n, new(3)
+
+
+@pytest.mark.parametrize("op", ["slot_attention", "additive_attention", "lstm"])
+def test_derivative_by_an_input_without_influence(op: str) -> None:
+    function, x = alone(op)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(function(x).sum(), x)
+    (again,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(again.sum(), x, allow_unused=True)
+    assert not first.any() and not again.any() and second is None
+    assert again.shape == x.shape and again.dtype == x.dtype
 
 
 @pytest.mark.parametrize("clip", [0.3, 2.0])

@@ -19,8 +19,9 @@ import torch
 from test_conformance import judge
 
 from recattn_kernels import backends, conformance, registry
+from recattn_kernels.ops import gpu
 from recattn_kernels.ops import samples as random_tensors
-from recattn_kernels.ops.gated import cuda, launch_plan
+from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.spec import Samples
 from recattn_kernels.spec import Sample
 
@@ -66,10 +67,10 @@ def on_the_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend cuda takes CPU tensors."""
     refusal = backends.machine_refusal
     monkeypatch.setattr(backends, "machine_refusal", lambda name, on: None if name == "cuda" else refusal(name, on))
-    monkeypatch.setattr(cuda, "_cuda", lambda: emulated)
-    monkeypatch.setattr(cuda, "_device", lambda x: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "_stream", lambda: 0)
-    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(gpu, "cuda", lambda: emulated)
+    monkeypatch.setattr(gpu, "guard", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "stream", lambda: 0)
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU)
 
 
 def samples(op: str, names: tuple[str, ...] = SAMPLES) -> list[Sample]:
@@ -110,7 +111,7 @@ def test_every_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is taken in passes."""
-    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU._replace(multiprocessors=2))
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU._replace(multiprocessors=2))
     monkeypatch.setattr(launch_plan, "ROWS", 16)
     launch_plan.launch_plan.cache_clear()
     spec = registry.find(op)
@@ -149,7 +150,7 @@ def test_a_failed_launch_is_forgotten(emulated: ModuleType, monkeypatch: pytest.
         return max(launch_plan.candidates(problem, B, gpu), key=lambda plan: plan.shared)
 
     more_than_any_block_has = launch_plan.Gpu(multiprocessors=64, shared=300_000)
-    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: more_than_any_block_has)
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: more_than_any_block_has)
     monkeypatch.setattr(launch_plan, "launch_plan", most)
     with pytest.raises(RuntimeError, match="gated: the forward kernel: invalid value"):
         registry.find("rnn").function(torch.zeros(1, 1, 1024), torch.zeros(1024, 1024), backend="cuda")
@@ -172,6 +173,13 @@ def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < worst < fewer
 
 
+def test_a_launch_without_a_plan_names_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch.compile, which does not ask before."""
+    monkeypatch.setattr(launch_plan, "refusal", lambda *args: None)
+    with pytest.raises(backends.BackendUnavailableError, match=r"^rnn: backend 'cuda' .*multiprocessors"):
+        registry.find("rnn").function(torch.zeros(1, 1, 1024), torch.zeros(1024, 1024), backend="cuda")
+
+
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(*shape: int, **options: Any) -> str | None:
         x, weight_hh = torch.zeros(*shape), torch.zeros(shape[-1], shape[-1] // 3)
@@ -183,5 +191,5 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "multiprocessors" in str(reason(1, 1, 3 * 1024))
     with pytest.raises(backends.BackendUnavailableError, match=r"gru: backend 'cuda' .*multiprocessors"):
         registry.find("gru").function(torch.zeros(1, 1, 3072), torch.zeros(3072, 1024), backend="cuda")
-    monkeypatch.setattr(launch_plan, "gpu_of", lambda device: GPU._replace(capability=(7, 5)))
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU._replace(capability=(7, 5)))
     assert "capability" in str(reason(2, 3, 15))

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "machine.h"
+
 namespace py = pybind11;
 
 namespace recattn::isa {
@@ -18,10 +20,8 @@ struct Isa {
 const Isa table[] = {
 #ifdef __x86_64__
     {"x86-64", true},
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")},
-    {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl")},
+    {"avx2", has_v3()},
+    {"avx512", has_v4()},
 #else
     {"generic", true},
 #endif

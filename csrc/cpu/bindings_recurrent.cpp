@@ -165,7 +165,7 @@ void bind_recurrent(py::module_& m) {
 
   // grads: of weight_hh, h0, c0, bias_hh, and the layer norm's weight, bias, weight_c and bias_c.
   m.def("gated_backward", [](const GatedArguments& arguments, double grad_clip, Strided grad_output, Strided output,
-                             uintptr_t grad_h_n, uintptr_t grad_c_n, const Four& kept, Strided grad_x, uintptr_t grad_r,
+                             uintptr_t grad_h_n, uintptr_t grad_c_n, const Four& kept, Strided grad_x, uintptr_t grad_q,
                              const std::array<uintptr_t, 8>& grads) {
     auto p = gated<GatedBackward>(arguments);
     p.grad_clip = grad_clip;
@@ -175,7 +175,7 @@ void bind_recurrent(py::module_& m) {
     p.grad_c_n = pointer(grad_c_n);
     set_kept(p, kept);
     p.grad_x = sequence(grad_x);
-    p.grad_r = pointer(grad_r);
+    p.grad_q = pointer(grad_q);
     p.grad_weight_hh = pointer(grads[0]);
     p.grad_h0 = pointer(grads[1]);
     p.grad_c0 = pointer(grads[2]);

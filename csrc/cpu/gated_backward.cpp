@@ -32,7 +32,7 @@ class Backward {
         packed(memory.template take<R>(weight_size)), packed_second(memory.template take<R>(second_size)),
         zeros(memory.template take<R>(p.H)), flow_h(own(p.grad_h0, p.B * p.H)), flow_c(own(p.grad_c0, p.B * p.H)),
         sums(memory.template take<double>(groups * sums_size)), scratch(memory.template take<R>(threads * local_size)),
-        grad_q(p.grad_r ? Sequence{p.grad_r, p.B * G * p.H, G * p.H} : p.grad_x), clip(R(p.grad_clip)),
+        grad_q(p.grad_q ? Sequence{p.grad_q, p.B * G * p.H, G * p.H} : p.grad_x), clip(R(p.grad_clip)),
         split_h(zoneout_h(p)), split_c(zoneout_c(p)) {
     memset(zeros, 0, p.H * sizeof(R));
     const R* w = static_cast<const R*>(p.weight_hh);
@@ -173,7 +173,7 @@ class Backward {
     if (p.grad_output.data) fetch(place(p.grad_output, p.dtype, next, b, j), n * size_of(p.dtype));
     for (int g = 0; g < G; ++g) {
       fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
-      if (p.grad_r) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
+      if (p.grad_q) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
     }
   }
 
@@ -231,7 +231,7 @@ class Backward {
     } else {
       gru_before_row(gates, h_before(t, b, j, n, local + width), dh, flow, to, p.H, n);
     }
-    if (p.grad_r) {
+    if (p.grad_q) {
       for (int g = 0; g < (G == 3 ? 2 : G); ++g) {
         if (BEFORE && g == 0) continue;  // reset_gate()
         narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, g * p.H + j), to + g * p.H, n);

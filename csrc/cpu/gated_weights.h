@@ -1,7 +1,7 @@
-// dL/dweight_hh[m, n] = sum over steps t and rows b of grad_r[t, b, m] * h[t-1, b, n], as one product after the scan,
-// and with it dL/dbias_hh[m] = sum of grad_r[t, b, m].
+// dL/dweight_hh[m, n] = sum over steps t and rows b of grad_q[t, b, m] * h[t-1, b, n], as one product after the scan,
+// and with it dL/dbias_hh[m] = sum of grad_q[t, b, m].
 //
-// Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_r,
+// Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_q,
 // transposed, by the thread whose rows m of the result it makes. Every element is summed in the order of the steps by
 // one thread: the result does not depend on their number.
 #pragma once
@@ -15,7 +15,7 @@ namespace {
 // The rows of one step's factors.
 template <class R>
 struct Term {
-  const R* grad;      // grad_r
+  const R* grad;      // grad_q
   const void* state;  // h[t-1]: of the sequences' type, or of R at the first step
   const R* times;     // null, or what h is multiplied by
   bool wide;
@@ -97,7 +97,7 @@ class WeightProduct {
 
   // Rows m to m + height of the result.
   void multiply(const Term<R>* block, int64_t K, const R* packed, int64_t m, int64_t height, bool first, R* columns) {
-    // Transposed: columns[i][k] = grad_r of term k at m + i.
+    // Transposed: columns[i][k] = grad_q of term k at m + i.
     for (int64_t k = 0; k < K; k += LANE) {
       const int64_t depth = least(LANE, K - k);
       const R* rows[LANE];

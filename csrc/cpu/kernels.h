@@ -102,7 +102,7 @@ struct GatedBackward : Gated {
   Sequence grad_output, output, grad_x;
   const void *grad_h_n, *grad_c_n;                     // (B, H) or null
   const void *gates, *cells, *normed, *rstd;           // gates may be null for an rnn whose n is output
-  void* grad_r;  // (T, B, G * H) scratch for dL/d(weight_hh h); null: it is grad_x (rnn and lstm, no layer norm, S = R)
+  void* grad_q;  // (T, B, G * H) scratch for dL/d(weight_hh h); null: it is grad_x (rnn and lstm, no layer norm, S = R)
   double grad_clip;                                    // infinity: no clipping
   void *grad_h0, *grad_c0;                             // these and the rest: null where they are not wanted
   void *grad_weight_hh, *grad_bias_hh, *grad_ln_weight, *grad_ln_bias, *grad_ln_c_weight, *grad_ln_c_bias;

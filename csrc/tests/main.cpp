@@ -1,5 +1,6 @@
 // Runs every test of csrc/tests on every instruction set that this machine has. `make test-csrc` builds it with
 // AddressSanitizer and UndefinedBehaviorSanitizer, which end it at the first fault.
+#include "../cpu/machine.h"
 #include "check.h"
 
 namespace recattn {
@@ -19,16 +20,11 @@ void Isa::take() const { taken = place; }
 using namespace recattn;
 
 int main() {
-  // The conditions are those of csrc/cpu/bindings.cpp.
   const Isa table[] = {
       {"isa_base", true, "", isa_base::test_cells, 0},
 #ifdef __x86_64__
-      {"isa_v3", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
-       "AVX2, FMA and BMI2", isa_v3::test_cells, 1},
-      {"isa_v4",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       "AVX-512 F, BW, CD, DQ and VL", isa_v4::test_cells, 2},
+      {"isa_v3", has_v3(), "AVX2, FMA, BMI1, BMI2, F16C, MOVBE and LZCNT", isa_v3::test_cells, 1},
+      {"isa_v4", has_v4(), "x86-64-v3 and AVX-512 F, BW, CD, DQ and VL", isa_v4::test_cells, 2},
 #endif
   };
   std::vector<Isa> isas;

@@ -180,7 +180,7 @@ class GatedTest {
       if (reference.ended(t, b)) v = canary<S>();
     });
     const bool simple = (c.cell == Cell::rnn_tanh || c.cell == Cell::rnn_relu || c.cell == Cell::lstm) && !NARROW;
-    std::vector<R> grad_r = canaries<R>(simple && !c.ln && coin() ? 0 : c.T * c.B * size);
+    std::vector<R> grad_q = canaries<R>(simple && !c.ln && coin() ? 0 : c.T * c.B * size);
     std::vector<R> grad_h0 = canaries<R>(c.B * c.H), grad_c0 = canaries<R>(c.cell == Cell::lstm ? c.B * c.H : 0);
     std::vector<R> grad_weight = canaries<R>(size * c.H), grad_bias = canaries<R>(size);
     std::vector<R> grad_ln_weight = canaries<R>(size), grad_ln_bias = canaries<R>(size);
@@ -201,7 +201,7 @@ class GatedTest {
     p.cells = cells.data();
     p.normed = normed.data();
     p.rstd = rstd.data();
-    p.grad_r = grad_r.empty() ? nullptr : grad_r.data();
+    p.grad_q = grad_q.empty() ? nullptr : grad_q.data();
     p.grad_clip = c.limit();
     p.grad_h0 = wanted(grad_h0);
     p.grad_c0 = wanted(grad_c0);

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops.autograd import c_apply, derive, needs_grad, recompute
 
 LIBRARY = torch.library.Library("recattn_kernels", "FRAGMENT")
 Results = Sequence[Tensor | None]
@@ -71,7 +72,7 @@ class Operator:
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, lambda *args: _unwrapped(self._forward(*args)), key)
             LIBRARY.impl(f"{name}_backward", lambda *args: _unwrapped(self._registered_backward(*args)), key)
-        LIBRARY.impl(name, self._autograd, "Autograd")
+        derive(LIBRARY, name, self.inputs, self.outputs + len(kept), self.apply)
         register = torch.library.register_fake
         register(f"recattn_kernels::{name}", lambda *args: _unwrapped(empty(*args[:-1])), lib=LIBRARY)
         register(f"recattn_kernels::{name}_backward", lambda *args: _unwrapped(self._empty_grads(*args)), lib=LIBRARY)
@@ -86,7 +87,7 @@ class Operator:
             return self.definition(*inputs, *options)
         if backends.dispatches(*inputs):
             return _wrapped(self._op(*inputs, *options, backend))[: self.outputs]
-        if _needs_grad(inputs):
+        if needs_grad(inputs):
             return self.apply(self._forward, *inputs, *options, backend)[: self.outputs]
         return self._forward(*inputs, *options, backend)[: self.outputs]
 
@@ -120,21 +121,13 @@ class Operator:
             for t, need in zip(inputs, needs, strict=True)
         )
 
-    def _below_autograd(self, *args: Any) -> Sequence[Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _wrapped(self._op(*args))
-
-    def _autograd(self, *args: Any) -> Any:
-        if _needs_grad(args[: self.inputs]):
-            return _unwrapped(self.apply(self._below_autograd, *args))
-        return _unwrapped(self._below_autograd(*args))
-
 
 def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
     class Derivative(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, run: Callable[..., Sequence[Tensor]], *args: Any) -> Sequence[Tensor]:
-            results = run(*args)
+        def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
+            found = run(*args)
+            results: Sequence[Tensor] = (found,) if isinstance(found, Tensor) else found
             ctx.save_for_backward(*args[: op.inputs], *(results[i] for i in op.saves))
             ctx.rest = args[op.inputs :]
             ctx.mark_non_differentiable(*results[op.outputs :])
@@ -152,7 +145,8 @@ def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
             if all(g is None for g in grads):
                 results = [None for _ in inputs]
             elif again:  # the reference can be differentiated once more
-                results = _recompute(op, inputs, ctx.rest[:-1], grads, needs)
+                options = ctx.rest[:-1]
+                results = recompute(lambda *inputs: op.definition(*inputs, *options), inputs, grads, needs)
             elif backends.dispatches(*grads, *inputs):
                 registered = getattr(torch.ops.recattn_kernels, f"{op.name}_backward").default
                 args = (*inputs, *ctx.rest[:-1], needs, ctx.rest[-1])
@@ -162,29 +156,7 @@ def _derivative(op: Operator) -> Callable[..., Sequence[Tensor]]:
             wanted = (g if need else None for g, need in zip(results, needs, strict=True))
             return (None, *wanted, *(None for _ in ctx.rest))
 
-    # Function.apply in Python serves functorch, under whose transforms no call comes here; the rest of it is in C.
-    apply: Callable[..., Sequence[Tensor]] = super(torch.autograd.Function, Derivative).apply
-    return apply
-
-
-def _recompute(
-    op: Operator, inputs: Results, options: Sequence[Any], grads: Results, needs: Sequence[bool]
-) -> Sequence[Tensor | None]:
-    # Views, so that a tensor given for two arguments has a gradient for each.
-    views = [t.view_as(t) if t is not None else None for t in inputs]
-    outputs = op.definition(*views, *options)
-    pairs = zip(outputs, grads, strict=True)
-    used = [(o, g) for o, g in pairs if o is not None and g is not None and o.requires_grad]
-    if not used:
-        return [None for _ in inputs]
-    wanted = [v for v, need in zip(views, needs, strict=True) if v is not None and need]
-    outputs, flow = zip(*used, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, flow, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
-
-
-def _needs_grad(inputs: Results) -> bool:
-    return torch.is_grad_enabled() and True in [t is not None and t.requires_grad for t in inputs]
+    return c_apply(Derivative)
 
 
 # A schema of one result means a tensor, not a tuple of one.

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer
 
 # As csrc/cells.h's enum Activation has them.
 CODES = {"relu": 0, "tanh": 1}
@@ -24,7 +23,7 @@ def forward(
     (B, N, _), D, dtype = keys.shape, values.shape[2], compute_dtype(query.dtype)
     softmax, context = query.new_empty((B, N), dtype=dtype), query.new_empty((B, D), dtype=dtype)
     held, arguments = _arguments(query, keys, weight, values, mask, activation)
-    _cpu().additive_forward(arguments, softmax.data_ptr(), context.data_ptr())
+    cpu().additive_forward(arguments, softmax.data_ptr(), context.data_ptr())
     del held
     a = query.new_empty(0) if not weights else softmax.to(query.dtype, copy=True)
     return context.to(query.dtype), a, softmax
@@ -48,10 +47,10 @@ def backward(
     results = [
         t.new_empty(t.shape, dtype=kind) if need else None for t, kind, need in zip(four, kinds, needs[:4], strict=True)
     ]
-    blocks = -(-N // _cpu().ADDITIVE_ROWS)
+    blocks = -(-N // cpu().ADDITIVE_ROWS)
     scores, sums = query.new_empty((B, N), dtype=dtype), query.new_empty((2, B, blocks, A), dtype=dtype)
     held, arguments = _arguments(query, keys, weight, values, mask, options[0])
-    _cpu().additive_backward(
+    cpu().additive_backward(
         arguments, softmax.data_ptr(), pointer(grad_context), pointer(grad_weights), scores.data_ptr(), sums.data_ptr(),
         tuple(map(pointer, results)),
     )  # fmt: skip
@@ -71,7 +70,3 @@ def _arguments(
         (B, N, A, D), dtype == torch.float64, CODES[activation], pointer(q), positions[0], pointer(w), positions[1],
         masked, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops.autograd import c_apply, derive, needs_grad, recompute
 from recattn_kernels.ops.gated import contract
-from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, TENSORS, Call
+from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, TENSORS, Call, Kept
 from recattn_kernels.ops.sequence import compute_dtype, on_device
 
 
@@ -149,7 +151,7 @@ class _Gated(torch.autograd.Function):
         rest = [None for _ in range(len(Call._fields) - len(PARAMETERS) + 2)]  # keep and backend too
         if all(g is None for g in grads[:3]):
             return (None, None, *[None for _ in PARAMETERS], *rest)
-        results: tuple[Tensor | None, ...]
+        results: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True
             results = _recompute(ctx.op, Call(*inputs, *ctx.options), grads[:3], needs)
         else:
@@ -161,51 +163,23 @@ class _Gated(torch.autograd.Function):
         return (None, None, *(g if need else None for g, need in zip(results, needs, strict=True)), *rest)
 
 
-def _recompute(
-    op: str, call: Call, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of PARAMETERS as the reference's, which can be differentiated again."""
-    # Views, so that a tensor given for two arguments has a gradient for each.
-    views = {
-        name: value.view_as(value)
-        for name in PARAMETERS
-        if (value := getattr(call, name)) is not None and value.requires_grad
-    }
-    outputs = _DEFINITIONS[op](call._replace(**views))
-    used = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
-    wanted = [name for name, need in zip(PARAMETERS, needs, strict=True) if need and name in views]
-    found = torch.autograd.grad(
-        [o for o, _ in used], [views[name] for name in wanted], [g for _, g in used], create_graph=True,
-        allow_unused=True,
-    )  # fmt: skip
-    by_name = dict(zip(wanted, found, strict=True))
-    return tuple(by_name.get(name) for name in PARAMETERS)
+def _recompute(op: str, call: Call, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    parameters: tuple[Any, ...] = call[: len(PARAMETERS)]
+
+    def definition(*parameters: Any) -> tuple[Tensor, ...]:
+        return _DEFINITIONS[op](call._replace(**dict(zip(PARAMETERS, parameters, strict=True))))
+
+    return recompute(definition, parameters, grads[: 3 if call.has_c else 2], needs)
 
 
-# Function.apply in Python serves functorch, under whose transforms no call comes here; the rest of it is in C.
-_differentiable: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Gated).apply
-
-
-def _needs_grad(call: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and True in [p.requires_grad for p in call[: len(PARAMETERS)] if p is not None]
+_differentiable = c_apply(_Gated)
 
 
 def define(op: str, definition: Definition) -> None:
     """Registers the op and its derivative. definition: the reference, of a call."""
     contract.define(op)
     _DEFINITIONS[op] = definition
-
-    def below_autograd(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.recattn_kernels, op).default(*args)
-
-    def autograd(*args: Any) -> Any:
-        if _needs_grad(args):
-            return _differentiable(op, below_autograd, *args)
-        return below_autograd(*args)
-
-    # At the op's Autograd key rather than around it: torch.compile and export then see one op with a derivative.
-    LIBRARY.impl(op, autograd, "Autograd")
+    derive(LIBRARY, op, len(PARAMETERS), 3 + len(Kept._fields), functools.partial(_differentiable, op))
 
 
 def run(op: str, call: Call, table: backends.Table, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,12 +192,8 @@ def run(op: str, call: Call, table: backends.Table, backend: str | None) -> tupl
     tensors: tuple[Any, ...] = call[: len(TENSORS)]
     if backends.dispatches(*tensors):
         results = getattr(torch.ops.recattn_kernels, op).default(*call, False, backend)
-    elif _needs_grad(call):
-        results = _differentiable(op, _forward_of(op), *call, False, backend)
+    elif needs_grad(tensors[: len(PARAMETERS)]):
+        results = _differentiable(op, functools.partial(contract.forward, op), *call, False, backend)
     else:
         results = contract.forward(op, *call, False, backend)
     return results[0], results[1], results[2]
-
-
-def _forward_of(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *args: contract.forward(op, *args)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops import gpu
 from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.sequence import compute_dtype
 
@@ -54,6 +55,11 @@ class Call(NamedTuple):
     def sizes(self) -> tuple[int, int, int]:
         """T, B, H"""
         return self.x.shape[self.time], self.x.shape[1 - self.time], self.weight_hh.shape[1]
+
+    @property
+    def op(self) -> str:
+        """Whose cell it is, for messages."""
+        return self.cell.partition("_")[0]
 
     @property
     def gates(self) -> int:
@@ -200,9 +206,7 @@ def cpp_refusal(call: Call) -> str | None:
 
 def triton_refusal(call: Call) -> str | None:
     """Why the Triton kernels cannot run the call."""
-    if call.x.dtype == torch.float64:
-        return "it has no float64 kernel"
-    return None
+    return gpu.refusal_of_float64(call.x)
 
 
 def cuda_refusal(call: Call) -> str | None:
@@ -216,8 +220,8 @@ def cuda_refusal(call: Call) -> str | None:
     if reason is not None or torch.compiler.is_compiling():
         return reason
     weight_hh = call.weight_hh
-    exact, gpu = multiplies_exactly(weight_hh.dtype), launch_plan.gpu_of(weight_hh.device)
-    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, gpu)
+    exact, on = multiplies_exactly(weight_hh.dtype), gpu.gpu_of(weight_hh.device)
+    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, on)
 
 
 def multiplies_exactly(weight_hh: torch.dtype) -> bool:

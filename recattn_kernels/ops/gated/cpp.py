@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.gated.contract import CELLS, PARAMETERS, Call, Kept, empty_forward
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer, strided
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer, present, sequence
 
 # As csrc/cpu/kernels.h's enum Cell has them.
 CELL_CODES = {name: code for code, name in enumerate(CELLS)}
@@ -27,8 +26,8 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
             tensor.zero_()  # the kernel leaves out the steps past a row's end, and an op's outputs are all defined
     h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
     holds, common = _common(call, dtype)
-    _cpu().gated_forward(
-        common, strided(x, call.time), strided(output, call.time), pointer(h), _some(c), tuple(map(_some, kept))
+    cpu().gated_forward(
+        common, sequence(x, call.time), sequence(output, call.time), pointer(h), present(c), tuple(map(present, kept))
     )
     del holds
     return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
@@ -42,16 +41,16 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     dy = None if grads[0] is None else contiguous_rows(grads[0])
     dh_n, dc_n = (plain(g, dtype) for g in grads[1:])
     dx = output.new_empty((*output.shape[:2], GH))
-    # dL/d(W_hh h): that of x itself where W_hh h is added to it and to nothing else.
+    # Of q = W_hh h: that of x itself where q is added to it and to nothing else.
     shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
-    dr = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
+    dq = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
     parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
     found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
     holds, common = _common(call, dtype)
-    _cpu().gated_backward(
+    cpu().gated_backward(
         common, math.inf if call.grad_clip is None else call.grad_clip,
-        strided(dy, time), strided(output, time), pointer(dh_n), pointer(dc_n), tuple(map(_some, kept)),
-        strided(dx, time), pointer(dr), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
+        sequence(dy, time), sequence(output, time), pointer(dh_n), pointer(dc_n), tuple(map(present, kept)),
+        sequence(dx, time), pointer(dq), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
     )  # fmt: skip
     del holds
     results = (
@@ -70,15 +69,6 @@ def _common(call: Call, dtype: torch.dtype) -> tuple[list[Tensor | None], tuple[
     masks = [None if m is None else contiguous_rows(m) for m in (call.keep_h, call.keep_c)]
     return [*holds, lengths, *masks], (
         call.sizes, CPU_DTYPES[call.x.dtype], CELL_CODES[call.cell], pointer(weight_hh), pointer(bias_hh),
-        tuple(map(pointer, norm)), pointer(h0), pointer(c0), strided(call.reset, time), pointer(lengths), call.reverse,
-        call.mixing, strided(masks[0], time), strided(masks[1], time), torch.get_num_threads(),
+        tuple(map(pointer, norm)), pointer(h0), pointer(c0), sequence(call.reset, time), pointer(lengths), call.reverse,
+        call.mixing, sequence(masks[0], time), sequence(masks[1], time), torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _some(x: Tensor) -> int:
-    """The pointer of a tensor that may be empty for absent."""
-    return x.data_ptr() if x.numel() else 0
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

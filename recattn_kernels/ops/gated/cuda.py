@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops import gpu
 from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.contract import (
     CELLS,
@@ -28,10 +28,10 @@ from recattn_kernels.ops.gated.contract import (
     reads_output,
 )
 from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
-from recattn_kernels.strides import contiguous, contiguous_rows, strided
+from recattn_kernels.ops.gpu import DTYPES, typed
+from recattn_kernels.strides import contiguous, contiguous_rows, present, sequence
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of csrc/cuda/kernels.h's enum Dtype
-CELL_CODES = {name: code for code, name in enumerate(CELLS)}  # the order of its enum Cell
+CELL_CODES = {name: code for code, name in enumerate(CELLS)}  # the order of csrc/cuda/kernels.h's enum Cell
 
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
@@ -40,10 +40,10 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
         return output, h_n, c_n, kept
     x, bias_hh, h0, c0 = contiguous_rows(call.x), *map(contiguous, (call.bias_hh, call.h0, call.c0))
     holds, common = _common(call, backward=False)
-    with _device(x):
-        _cuda().gated_forward(
-            common, _stream(), typed(bias_hh), typed(h0), typed(c0), strided(x, call.time), strided(output, call.time),
-            typed(h_n), typed(c_n), some(kept.gates), some(kept.cells),
+    with gpu.guard(x):
+        gpu.cuda().gated_forward(
+            common, gpu.stream(), typed(bias_hh), typed(h0), typed(c0), sequence(x, call.time),
+            sequence(output, call.time), typed(h_n), typed(c_n), present(kept.gates), present(kept.cells),
         )  # fmt: skip
     del holds
     return output, h_n, c_n, kept
@@ -60,13 +60,13 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     output, dq, width = contiguous_rows(call.x), q_gradient(call, dx), KEPT[call.cell] * H
     dy = None if grads[0] is None else contiguous_rows(grads[0])
     dh_n, dc_n, h0, c0 = map(contiguous, (grads[1], grads[2] if call.has_c else None, call.h0, call.c0))
-    gates = strided(output, call.time) if reads_output(call) else (kept.gates.data_ptr(), B * width, width)
+    gates = sequence(output, call.time) if reads_output(call) else (kept.gates.data_ptr(), B * width, width)
     holds, common = _common(call, backward=True)
-    with _device(output):
-        _cuda().gated_backward(
-            common, _stream(), math.inf if call.grad_clip is None else call.grad_clip, typed(h0), typed(c0),
-            strided(dy, call.time), strided(output, call.time), gates, some(kept.cells), strided(dx, call.time),
-            strided(None if dq is dx else dq, call.time), typed(dh_n), typed(dc_n), typed(dh0), typed(dc0),
+    with gpu.guard(output):
+        gpu.cuda().gated_backward(
+            common, gpu.stream(), math.inf if call.grad_clip is None else call.grad_clip, typed(h0), typed(c0),
+            sequence(dy, call.time), sequence(output, call.time), gates, present(kept.cells), sequence(dx, call.time),
+            sequence(None if dq is dx else dq, call.time), typed(dh_n), typed(dc_n), typed(dh0), typed(dc0),
         )  # fmt: skip
         weight_gradient(call, kept, dq, dweight_hh)
         if call.bias_hh is not None:
@@ -80,36 +80,14 @@ def _common(call: Call, backward: bool) -> tuple[list[Tensor | None], tuple[Any,
     (_, B, H), time = call.sizes, call.time
     exact = multiplies_exactly(call.weight_hh.dtype)
     problem = launch_plan.Problem(call.gates, H, call.weight_hh.element_size(), exact, backward)
-    plan = launch_plan.launch_plan(problem, B, launch_plan.gpu_of(call.x.device))
+    plan = launch_plan.launch_plan(problem, B, gpu.gpu_of(call.x.device))
     if isinstance(plan, str):
-        raise backends.BackendUnavailableError(f"{call.cell}: backend 'cuda' cannot run this call: {plan}")
+        raise backends.BackendUnavailableError(f"{call.op}: backend 'cuda' cannot run this call: {plan}")
     workspace = call.x.new_empty(plan.workspace, dtype=torch.uint8)
     weight_hh, lengths = call.weight_hh.contiguous(), contiguous(call.lengths)
     keep_h, keep_c = (None if m is None else contiguous_rows(m) for m in (call.keep_h, call.keep_c))
     return [workspace, weight_hh, lengths, keep_h, keep_c], (
         call.sizes, CELL_CODES[call.cell], DTYPES.index(call.x.dtype), not exact, typed(weight_hh),
-        strided(call.reset, time), 0 if lengths is None else lengths.data_ptr(), call.reverse, call.mixing,
-        strided(keep_h, time), strided(keep_c, time), tuple(plan), workspace.data_ptr(),
+        sequence(call.reset, time), 0 if lengths is None else lengths.data_ptr(), call.reverse, call.mixing,
+        sequence(keep_h, time), sequence(keep_c, time), tuple(plan), workspace.data_ptr(),
     )  # fmt: skip
-
-
-def typed(x: Tensor | None) -> tuple[int, int]:
-    """Pointer and type of a contiguous tensor; zeros for one that is absent or empty."""
-    return (0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), DTYPES.index(x.dtype))
-
-
-def some(x: Tensor) -> int:
-    """The pointer of a tensor that is empty where it is absent."""
-    return x.data_ptr() if x.numel() else 0
-
-
-def _device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device)
-
-
-def _stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
-
-
-def _cuda() -> Any:
-    return backends.extension("_cuda")

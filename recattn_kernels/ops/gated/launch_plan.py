@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
+from recattn_kernels.ops.gpu import Gpu
 
 # As csrc/cuda/gated_product.cuh has them; the launcher refuses a plan that counts other bytes than it does.
 WARPS = 8
@@ -25,12 +25,6 @@ COUNTER = 128  # bytes of a group's counter
 THREADS = 32 * WARPS
 BATCH = COLUMN_TILE * COLUMN_TILES
 ROWS = 256  # of the batch in a block at most
-
-
-class Gpu(NamedTuple):
-    multiprocessors: int
-    shared: int  # bytes that one block may have
-    capability: tuple[int, int] = (8, 0)
 
 
 class Problem(NamedTuple):
@@ -144,10 +138,3 @@ def refusal(gates: int, H: int, element: int, exact: bool, gpu: Gpu) -> str | No
         if isinstance(plan, str):
             return plan
     return None
-
-
-@functools.cache
-def gpu_of(device: torch.device) -> Gpu:
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 2**10)
-    return Gpu(properties.multi_processor_count, shared, (properties.major, properties.minor))

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.glimpse.contract import MODES, PADDINGS, empty
-from recattn_kernels.strides import CPU_DTYPES, pointer
+from recattn_kernels.strides import CPU_DTYPES, cpu, pointer
 
 PIXELS = {**CPU_DTYPES, torch.uint8: 4}
 MODE_OF = {name: i for i, name in enumerate(MODES)}
@@ -20,7 +19,7 @@ PADDING_OF = {name: i for i, name in enumerate(PADDINGS)}
 def forward(image: Tensor, loc: Tensor, zoom: Tensor | None, *options: Any) -> tuple[Tensor]:
     results = empty(image, loc, zoom, *options)
     if results[0].numel() > 0:
-        _cpu().glimpse_forward(_arguments(image, loc, zoom, *options), results[0].data_ptr())
+        cpu().glimpse_forward(_arguments(image, loc, zoom, *options), results[0].data_ptr())
     return results
 
 
@@ -42,7 +41,7 @@ def backward(
         parts = None
         if grad_loc is not None:
             parts = torch.empty((*loc.shape[:2], options[2], 3), dtype=torch.float64)
-        _cpu().glimpse_backward(
+        cpu().glimpse_backward(
             _arguments(image, loc, zoom, *options), grad.data_ptr(), pointer(grad_image), pointer(grad_loc),
             pointer(grad_zoom), pointer(parts),
         )  # fmt: skip
@@ -59,7 +58,3 @@ def _arguments(
         (loc.data_ptr(), *loc.stride()), (0, 0, 0) if zoom is None else (zoom.data_ptr(), *zoom.stride()),
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer
 
 
 def forward(x_gates: Tensor, h_gates: Tensor, h: Tensor) -> tuple[Tensor]:
     dtype, rows, threads = compute_dtype(x_gates.dtype), contiguous_rows(x_gates), torch.get_num_threads()
     wide_gates, wide = plain(h_gates, dtype), plain(h, dtype)
     h_n = h.new_empty(h.shape, dtype=dtype)
-    _cpu().gru_step(
+    cpu().gru_step(
         tuple(h.shape), CPU_DTYPES[x_gates.dtype], threads, (rows.data_ptr(), rows.stride(0)), pointer(wide_gates),
         pointer(wide), h_n.data_ptr(), (0, 0, 0, 0),
     )  # fmt: skip
@@ -32,12 +31,8 @@ def backward(
     wide_gates, wide, dh_n = plain(h_gates, dtype), plain(h, dtype), plain(grads[0], dtype)
     dx = x_gates.new_empty(x_gates.shape)
     dq, dh = h.new_empty(h_gates.shape, dtype=dtype), h.new_empty(h.shape, dtype=dtype)
-    _cpu().gru_step(
+    cpu().gru_step(
         tuple(h.shape), CPU_DTYPES[x_gates.dtype], threads, (rows.data_ptr(), rows.stride(0)), pointer(wide_gates),
         pointer(wide), 0, (pointer(dh_n), dx.data_ptr(), dq.data_ptr(), dh.data_ptr()),
     )  # fmt: skip
     return dx, dq if dq.dtype == h_gates.dtype else dq.to(h_gates.dtype), dh if dh.dtype == h.dtype else dh.to(h.dtype)
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops.autograd import c_apply, derive, needs_grad
 from recattn_kernels.ops.indrnn import contract, reference
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, ALGORITHMS, BACKENDS, LIBRARY, Call
 from recattn_kernels.ops.sequence import compute_dtype, on_device
@@ -99,32 +100,13 @@ class _Indrnn(torch.autograd.Function):
         return (None, *wanted, *[None for _ in args[4:]])
 
 
-# Function.apply in Python serves functorch, under whose transforms no call comes here; the rest of it is in C.
-_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = super(torch.autograd.Function, _Indrnn).apply
-
-
-def _needs_grad(x: Tensor, *parameters: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or True in [p.requires_grad for p in parameters if p is not None]
+_differentiable = c_apply(_Indrnn)
+derive(LIBRARY, "indrnn", 4, 2, _differentiable)
 
 
 def _scans(call: Call) -> bool:
     """Whether the reference takes the scan: not where its derivative would not do."""
     return call.algorithm == "scan" and not backends.under_transform() and contract.refusal(call) is None
-
-
-def _below_autograd(*args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.recattn_kernels.indrnn.default(*args)
-
-
-def _autograd(*args: Any) -> Any:
-    return _differentiable(_below_autograd, *args)[:2] if _needs_grad(*args[:4]) else _below_autograd(*args)
-
-
-# At the op's Autograd key rather than around the op: torch.compile and torch.export then see one op with a derivative.
-LIBRARY.impl("indrnn", _autograd, "Autograd")
 
 
 def indrnn(
@@ -203,7 +185,7 @@ def indrnn(
         return reference.indrnn(x, weight_hh, h0, **call.definition())
     if backends.dispatches(*call[:6]):
         output, h_n = torch.ops.recattn_kernels.indrnn.default(*call, backend)
-    elif _needs_grad(*call[:4]):
+    elif needs_grad(call[:4]):
         output, h_n, _ = _differentiable(contract.forward, *call, backend)
     else:
         output, h_n = contract.forward(*call, backend)

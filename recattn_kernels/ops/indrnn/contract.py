@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops import gpu
 
 # The order of csrc/cells.h's enum Activation.
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "identity", "leaky_relu", "relu6", "hardtanh")
@@ -66,7 +67,7 @@ def _cpp_refusal(call: Call) -> str | None:
 
 
 def _gpu_refusal(call: Call) -> str | None:
-    return "it has no float64 kernel" if call.x.dtype == torch.float64 else refusal(call)
+    return gpu.refusal_of_float64(call.x) or refusal(call)
 
 
 # A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order of those two waits for a measurement on a GPU.

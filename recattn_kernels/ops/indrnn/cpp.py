@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer, strided
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer, sequence
 
 # As csrc/cells.h's enum Activation has them.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -24,7 +23,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     output, h_n = empty_forward(call)
     state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
     common = _common(call, weight_hh, h0, lengths)
-    _cpu().indrnn_forward(common, pointer(bias), strided(x, time), strided(output, time), pointer(state))
+    cpu().indrnn_forward(common, pointer(bias), sequence(x, time), sequence(output, time), pointer(state))
     return output, h_n if state is h_n else h_n.copy_(state)
 
 
@@ -37,9 +36,9 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     dx = output.new_empty(output.shape)
     columns = output.new_empty((6, B, H), dtype=dtype)  # scratch
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
-    _cpu().indrnn_backward(
+    cpu().indrnn_backward(
         _common(call, weight_hh, h0, lengths), math.inf if call.grad_clip is None else call.grad_clip,
-        strided(dy, time), strided(output, time), pointer(dh_n), strided(dx, time),
+        sequence(dy, time), sequence(output, time), pointer(dh_n), sequence(dx, time),
         pointer(dh0), pointer(columns), pointer(du), pointer(db),
     )  # fmt: skip
     return (
@@ -54,10 +53,6 @@ def _common(call: Call, weight_hh: Tensor | None, h0: Tensor | None, lengths: Te
     """The arguments that both directions take."""
     return (
         call.sizes, CPU_DTYPES[call.x.dtype], ACTIVATION_CODES[call.activation], call.negative_slope,
-        pointer(weight_hh), pointer(h0), strided(call.reset, call.time), pointer(lengths), call.reverse,
+        pointer(weight_hh), pointer(h0), sequence(call.reset, call.time), pointer(lengths), call.reverse,
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

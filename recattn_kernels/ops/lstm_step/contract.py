@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from recattn_kernels import backends
+from recattn_kernels.ops import gpu
 from recattn_kernels.ops.operator import Call
 
 
@@ -13,7 +12,7 @@ def _cpp_refusal(call: Call) -> str | None:
 
 
 def _triton_refusal(call: Call) -> str | None:
-    return "it has no float64 kernel" if call.x.dtype == torch.float64 else None
+    return gpu.refusal_of_float64(call.x)
 
 
 BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer
 
 
 def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     dtype, gates, threads = compute_dtype(gates.dtype), contiguous_rows(gates), torch.get_num_threads()
     wide = plain(c, dtype)
     h, c_n = gates.new_empty(c.shape), gates.new_empty(c.shape, dtype=dtype)
-    _cpu().lstm_step(
+    cpu().lstm_step(
         tuple(c.shape), CPU_DTYPES[gates.dtype], threads, (gates.data_ptr(), gates.stride(0)), pointer(wide),
         h.data_ptr(), c_n.data_ptr(), (0, 0, 0, 0),
     )  # fmt: skip
@@ -31,12 +30,8 @@ def backward(
     dtype, rows, threads = compute_dtype(gates.dtype), contiguous_rows(gates), torch.get_num_threads()
     wide, dh, dc_n = plain(c, dtype), plain(grads[0], gates.dtype), plain(grads[1], dtype)
     dgates, dc = gates.new_empty(gates.shape), gates.new_empty(c.shape, dtype=dtype)
-    _cpu().lstm_step(
+    cpu().lstm_step(
         tuple(c.shape), CPU_DTYPES[gates.dtype], threads, (rows.data_ptr(), rows.stride(0)), pointer(wide), 0, 0,
         (pointer(dh), pointer(dc_n), dgates.data_ptr(), dc.data_ptr()),
     )  # fmt: skip
     return dgates, dc if c.dtype == dtype else dc.to(c.dtype)
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.slot_attention.contract import Sizes, empty_forward, sizes_of, widths
 from recattn_kernels.ops.slot_attention.reference import scale_of
-from recattn_kernels.strides import CPU_DTYPES, contiguous, contiguous_rows, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous, contiguous_rows, cpu, plain, pointer
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -25,7 +24,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     holds, common = _common(
         sizes_of(q, k, v), k, v, slot_mask, input_mask, options, *map(_slots, slots, (q.shape[-1], 1))
     )
-    _cpu().slot_attention_forward(common, pointer(wide), pointer(den), _rows(attn if attn.dim() > 1 else None))
+    cpu().slot_attention_forward(common, pointer(wide), pointer(den), _rows(attn if attn.dim() > 1 else None))
     del holds
     if wide is not updates:
         updates.copy_(wide)
@@ -53,7 +52,7 @@ def backward(
     rows = tuple(map(_slots, slots, (D, 1, Dv, 1, Dv)))
     options = (scale_of(q, scale), eps, denominator, joint)
     holds, common = _common(sizes_of(q, k, v), k, v, slot_mask, input_mask, options, *rows[:2])
-    _cpu().slot_attention_backward(
+    cpu().slot_attention_backward(
         common, 1, rows[2:], _rows(dattn), (pointer(dq), pointer(dbias), _rows(dk), _rows(dv))
     )
     del holds
@@ -76,9 +75,7 @@ def inputs_backward(
     q, du, updates, bias, den = (_slots(part, calls.shape[-1]) for part in parts)
     options, sizes = (scale, eps, denominator, False), sizes_of(parts[0][0], k, v)
     holds, common = _common(sizes, k, v, slot_mask, input_mask, options, q, bias)
-    _cpu().slot_attention_backward(
-        common, calls.shape[0], (updates, den, du), _rows(None), (0, 0, _rows(dk), _rows(dv))
-    )
+    cpu().slot_attention_backward(common, calls.shape[0], (updates, den, du), _rows(None), (0, 0, _rows(dk), _rows(dv)))
     del holds
     return dk, dv
 
@@ -117,7 +114,3 @@ def _rows(x: Tensor | None) -> tuple[int, int, int, int, int]:
     if x is None:
         return (0, 0, 0, 0, 0)
     return (x.data_ptr(), CPU_DTYPES[x.dtype], x.stride(0), x.stride(1) if x.dim() == 4 else 0, x.stride(-2))
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

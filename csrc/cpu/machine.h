@@ -1,0 +1,26 @@
+// What this machine has of that which the kernels' copies are compiled for.
+#pragma once
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+namespace recattn {
+
+#ifdef __x86_64__
+// All that -march=x86-64-v3 lets a compiler use. Of F16C, MOVBE and LZCNT not every compiler that takes that option has
+// a name in __builtin_cpu_supports; the others' includes that the system saves the wide registers.
+inline bool has_v3() {
+  unsigned a, b, c, d, extended;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid(0x80000001, &a, &b, &extended, &d)) return false;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && (c & bit_F16C) && (c & bit_MOVBE) && (extended & bit_LZCNT);
+}
+
+inline bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+}  // namespace recattn
