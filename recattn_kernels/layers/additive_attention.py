@@ -236,10 +236,10 @@ class AttentionLSTMCell(nn.Module):
         _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size, self.attention.weight)
         h, c = pair("AttentionLSTMCell", "state", state, "a pair of Tensors (h, c)")
         if state is None:
-            h = c = input.new_zeros(len(input), self.hidden_size)
+            h = c = input.new_zeros(input.shape[0], self.hidden_size)
         for name, value in (("state[0]", h), ("state[1]", c)):
             checks.tensor("AttentionLSTMCell", name, value)
-            checks.shape("AttentionLSTMCell", name, value, "(B, hidden_size)", (len(input), self.hidden_size))
+            checks.shape("AttentionLSTMCell", name, value, "(B, hidden_size)", (input.shape[0], self.hidden_size))
         context, weights = self.attend(h, keys, mask=mask, projected=projected)
         h, c, context = self.step(input, context, (h, c))
         return AttentionStep(h, c, context, weights)
