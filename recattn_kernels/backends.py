@@ -250,7 +250,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     no backend takes, and ValueError for an unknown op.
     """
     functions = {spec.name: spec.function for spec in importlib.import_module("recattn_kernels.registry").OPS}
-    if op not in functions:
+    if not isinstance(op, str) or op not in functions:
         raise ValueError(f"explain: op must be one of {', '.join(functions)}, got {op!r}")
     kwargs.pop("backend", None)
     try:

@@ -137,6 +137,9 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
     if isinstance(value, (list, tuple)):
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
             raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
+        for n in value:
+            if abs(n) >= 2**63:
+                raise ValueError(f"{op}: lengths must lie in [0, T] = [0, {steps}], got {n}")
         value = torch.tensor(value, dtype=torch.int64)
     elif not isinstance(value, Tensor):
         raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {type(value).__name__}")

@@ -60,6 +60,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": [1, 2]}, ValueError, "indrnn: lengths must be (B,) = (3,), got (2,)"),
     ({"lengths": [1, 2, 5]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 5"),
     ({"lengths": [1, -2, 3]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got -2"),
+    ({"lengths": [1, 10**30, 3]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 10"),
     ({"lengths": torch.tensor([1, 9, 3])}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 9"),
     ({"lengths": [1.5, 2, 3]}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor"),
     ({"lengths": torch.tensor([1, 2, 3]).int()}, TypeError, "indrnn: lengths must be int64, got int32"),
@@ -119,6 +120,8 @@ def test_explain_names_every_backend() -> None:
         explain("indrnn", X)
     with pytest.raises(ValueError, match="explain: op must be one of indrnn"):
         explain("gelu", X)
+    with pytest.raises(ValueError, match=r"explain: op must be one of indrnn.*, got \['indrnn'\]"):
+        explain(["indrnn"], X)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="indrnn: weight_hh must be"):
         explain("indrnn", X, torch.rand(2))
 

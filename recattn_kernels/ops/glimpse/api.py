@@ -38,6 +38,7 @@ def _zoom(zoom: Any, loc: Tensor) -> tuple[float, Tensor | None]:
     if not isinstance(zoom, Tensor):
         checks.finite_positive("glimpse", "zoom", zoom)
         return float(zoom), None
+    checks.tensor("glimpse", "zoom", zoom)
     B, G = loc.shape[:2]
     if zoom.dim() == 1:
         checks.shape("glimpse", "zoom", zoom, "(B,)", (B,))
