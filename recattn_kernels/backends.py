@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
@@ -49,17 +51,18 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "use_backend: name")
+        self.previous: list[str] = []  # one for each time it has been entered
 
     def __enter__(self) -> None:
         global _current
-        self.previous = _current
+        self.previous.append(_current)
         _current = self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _current
-        _current = self.previous
+        _current = self.previous.pop()
 
 
 def requested(op: str, name: str | None) -> str:
@@ -145,8 +148,13 @@ def allows_tf32() -> bool:
 
 
 @functools.cache
-def _plain_keys(device_type: str) -> Any:
-    return torch._C._dispatch_keys(torch.empty(0, device=device_type))
+def _plain_keys(device_type: str) -> tuple[Any, ...]:
+    """Of an ordinary tensor and of an inference tensor, which has none of autograd's."""
+    keys = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device_type)))
+    return tuple(keys)
 
 
 def dispatches(*inputs: Tensor | None) -> bool:
@@ -159,7 +167,7 @@ def dispatches(*inputs: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for x in inputs:  # not any(...): a generator is a call more for every tensor
-        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) != _plain_keys(x.device.type)):
+        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) not in _plain_keys(x.device.type)):
             return True
     return False
 
@@ -213,10 +221,21 @@ def choose(op: str, name: str | None, table: Table, call: Any) -> str:
     return "reference"
 
 
+_warned: set[str] = set()
+# A layer's forward is called by torch's Module.__call__.
+_NOT_THE_USERS = re.compile(r"recattn_kernels(\.|$)|torch\.nn\.modules\.module$")
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    """Points at the line outside this package that the call came from."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and _NOT_THE_USERS.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
@@ -231,7 +250,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     no backend takes, and ValueError for an unknown op.
     """
     functions = {spec.name: spec.function for spec in importlib.import_module("recattn_kernels.registry").OPS}
-    if op not in functions:
+    if not isinstance(op, str) or op not in functions:
         raise ValueError(f"explain: op must be one of {', '.join(functions)}, got {op!r}")
     kwargs.pop("backend", None)
     try:

@@ -132,11 +132,14 @@ def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...]
     device(op, name, value, beside, x)
 
 
-def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
+def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str = "x") -> Tensor:
     """Lengths as an int64 tensor (B,). A list or a CPU tensor is checked; a CUDA tensor is not read by the host."""
     if isinstance(value, (list, tuple)):
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
             raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
+        for n in value:
+            if abs(n) >= 2**63:
+                raise ValueError(f"{op}: lengths must lie in [0, T] = [0, {steps}], got {n}")
         value = torch.tensor(value, dtype=torch.int64)
     elif not isinstance(value, Tensor):
         raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {type(value).__name__}")
@@ -145,7 +148,7 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor) -> Tensor:
     dtype(op, "lengths", result, (torch.int64,))
     shape(op, "lengths", result, "(B,)", (batch,))
     if result.device.type not in ("cpu", "meta"):
-        device(op, "lengths", result, "x", x)
+        device(op, "lengths", result, beside, x)
     elif not torch.compiler.is_compiling():
         length_values(op, result, steps)
     return result

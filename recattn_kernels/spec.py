@@ -59,7 +59,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: its function, its backends, its samples, workloads and sweeps."""
+    """One op: its function, its backends, its samples, workloads and sweeps.
+
+    Tests that need one sample alone ask for it by its name, and every op has both: "plain", of the required arguments
+    alone, and "everything", of as many others as go together.
+    """
 
     name: str
     function: Callable[..., Any]

@@ -8,14 +8,15 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.compiler import CompiledKernel
+
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
 
 
 def kernel(function: Callable[..., None], aligned: tuple[str, ...] = ()) -> Any:
@@ -110,6 +111,10 @@ class Launch:
         The tensors may be on the meta device. It is the code that a launch itself goes through: two launches with the
         same answer share one compilation.
         """
+        # Imported where they are used: Triton may rename what no launch needs.
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         kwargs = self.options(target.backend) | {"debug": False}
@@ -119,6 +124,8 @@ class Launch:
 
     def compile(self, target: GPUTarget) -> Any:
         """The kernel compiled for target, which need not be present."""
+        from triton.compiler import ASTSource
+
         options, signature, constexprs, attributes = self.specialisation(target)
         return triton.compile(
             ASTSource(self.kernel, signature, constexprs, attributes), target=target, options=options.__dict__

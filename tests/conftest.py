@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 # Before anything imports distutils, as compiling with Triton does: setuptools, which torch's Inductor needs later,
 # refuses to be imported after it.
@@ -17,7 +21,15 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def of_setup_py() -> dict[str, Any]:
+    """What setup.py defines: its flags, and how it finds compilers. Nothing is built."""
+    pytest.importorskip("setuptools")
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -211,6 +211,7 @@ def test_cell_is_its_equation(gate: bool) -> None:
     assert (cell.gate is not None) == gate and weights[:, 2].eq(0).all()
     h, c = lstm(torch.cat((x, context), 1), (h, c))
     torch.testing.assert_close(tuple(step), (h, c, context, weights))
+    torch.testing.assert_close(cell(x, None, keys), cell(x, (torch.zeros(B, 7), torch.zeros(B, 7)), keys))
     cell.reset_parameters()
 
 
@@ -231,6 +232,9 @@ def test_bad_arguments_of_the_layers() -> None:
         (lambda: attention(query.double(), keys), TypeError, "AdditiveAttention: query must be float32, got float64"),
         (lambda: attention(query, keys.double()), TypeError, "AdditiveAttention: keys must be float32, got float64"),
         (lambda: AttentionLSTMCell(3, 7, 6, 4, gate=1), TypeError, "AttentionLSTMCell: gate must be a bool, got 1"),
+        (lambda: cell(query[:, :3], query, keys), TypeError, "AttentionLSTMCell: state must be a pair of Tensors"),
+        (lambda: cell(query[:, :3], (query, None), keys), TypeError, "AttentionLSTMCell: state[1] must be a Tensor"),
+        (lambda: cell(query[:, :3], (keys, query), keys), ValueError, "AttentionLSTMCell: state[0] must be (B, hid"),
         (lambda: cell(query, state, keys), ValueError, "AttentionLSTMCell: input must be (B, input_size) with input_s"),
     ]  # fmt: skip
     for call, error, message in calls:

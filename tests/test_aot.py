@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INTERPRETING
+from conftest import INTERPRETING, ROOT, of_setup_py
 
 from recattn_kernels import backends, registry
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(
     not HAS_TRITON or INTERPRETING, reason="Triton is not installed, or interprets its kernels"
 )
@@ -90,18 +90,21 @@ def test_triton_does_not_recompile(op: str, target: str) -> None:
 
 
 def cuda_sources() -> Iterator[Path]:
-    yield from sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+    yield from sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 @pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in cuda_sources()])
 def test_cuda_compiles_without_spills(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2", "-Xptxas", "-v", "-fatbin"]
-    options.append(f"-I{source.parents[1]}")
+    build = of_setup_py()
+    try:
+        nvcc = build["find_nvcc"]()
+    except build["NotBuiltError"]:
+        pytest.skip("nvcc is not installed")
+    options = [*build["CUDA_FLAGS"].split(), "-Xptxas", "-v", "-fatbin", f"-I{source.parents[1]}"]
     for architecture in ("80", "90") if request.config.getoption("--aot-full") else ("90",):
         options += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command = ["nvcc", *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]
+    command = [nvcc, *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     # The stack frame also has what no register can be indexed for.

@@ -333,6 +333,30 @@ def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
     assert size <= backward < (1 + spec.scratch) * size + 2 * parameters
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("spec", FUSED_ON_CPU)
+def test_inference_tensors_take_the_short_way(spec: OpSpec, first: bool) -> None:
+    """Past the dispatcher, as ordinary tensors do, whichever of both the process has met first."""
+    backends._plain_keys.cache_clear()
+    with torch.inference_mode(first):
+        assert not backends.dispatches(torch.zeros(1))
+    sample = next(s for s in spec.samples if s.name == "everything")
+    ordinary = arguments(sample, torch.float32)
+    with torch.no_grad():
+        expected = tensors(spec.function(*ordinary[0], **ordinary[1], backend="cpp"))
+    with torch.inference_mode():
+        inference = cast(ordinary, torch.float32, "cpu")
+        for args, kwargs in (ordinary, inference):
+            assert not backends.dispatches(*tensors((args, kwargs)))
+            outputs = tensors(spec.function(*args, **kwargs, backend="cpp"))
+            assert all(o.is_inference() for o in outputs)
+            torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    with torch.no_grad():
+        outputs = tensors(spec.function(*inference[0], **inference[1], backend="cpp"))
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    assert not any(o.is_inference() for o in outputs)  # as what torch's own ops make of them outside that mode
+
+
 @pytest.mark.parametrize("value", ["reference", "tpu"])
 def test_environment_variable(value: str) -> None:
     code = "import recattn_kernels.backends as b; print(b.requested('op', None))"

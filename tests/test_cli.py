@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -220,3 +221,9 @@ def test_summary_is_the_geometric_mean_over_workloads() -> None:
         "| indrnn | float32 | `cpp` | `compile` | 4.00x | 0.50x | 2 |",
         "| indrnn | float32 | `layer:ours` | `layer:theirs` | 3.00x |  | 1 |",
     ]
+
+
+def test_quick_samples_of_an_op_with_few() -> None:
+    (sample,) = (s for s in registry.OPS[0].samples if s.name == "plain")
+    for samples in ((), (sample,)):
+        assert tuple(cli.quick_samples(dataclasses.replace(registry.OPS[0], samples=samples))) == samples

@@ -12,7 +12,7 @@ import torch
 
 from recattn_kernels import backends, conformance
 from recattn_kernels.registry import OPS
-from recattn_kernels.spec import OpSpec, Sample, cast
+from recattn_kernels.spec import OpSpec, Sample, cast, tensors
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -47,6 +47,18 @@ def variants(dtypes: tuple[torch.dtype, ...]) -> list[Any]:
         for sample in spec.samples
         if sample.name == "everything"
     ]
+
+
+def single_outputs() -> Iterator[Any]:
+    """Those in float32 with each of the op's outputs, if it has several."""
+    counts = {}
+    for spec in OPS:
+        args, kwargs = next(s for s in spec.samples if s.name == "everything").make(torch.Generator().manual_seed(0))
+        counts[spec.name] = len(tensors(spec.function(*args, **kwargs, backend="reference")))
+    for case in variants((torch.float32,)):
+        count = counts[case.values[0].name]
+        for used in range(count) if count > 1 else ():
+            yield pytest.param(*case.values, used, marks=case.marks, id=f"{case.id}-{used}")
 
 
 def skip_where_unavailable(spec: OpSpec, backend: str, device: str, dtype: torch.dtype, sample: Sample) -> None:
@@ -84,8 +96,7 @@ def test_any_layout_of_the_output_gradient(
     judge(conformance.compare(spec, sample, backend, dtype, device, layout=layout))
 
 
-@pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize(("spec", "backend", "device", "dtype", "sample"), variants((torch.float32,)))
+@pytest.mark.parametrize(("spec", "backend", "device", "dtype", "sample", "used"), list(single_outputs()))
 def test_one_output_used(
     spec: OpSpec, backend: str, device: str, dtype: torch.dtype, sample: Sample, used: int
 ) -> None:
@@ -99,6 +110,13 @@ def test_float32_parameters_beside_sixteen_bit_x(
 ) -> None:
     skip_where_unavailable(spec, backend, device, dtype, sample)
     judge(conformance.compare(spec, sample, backend, dtype, device, mixed=True))
+
+
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in OPS])
+def test_every_op_has_the_samples_that_tests_ask_for(spec: OpSpec) -> None:
+    names = [sample.name for sample in spec.samples]
+    assert len(set(names)) == len(names)
+    assert {"plain", "everything"} <= set(names)
 
 
 def test_the_rule_can_fail() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from recattn_kernels import BackendUnavailableError, backends, explain, indrnn, use_backend
 
@@ -57,6 +60,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": [1, 2]}, ValueError, "indrnn: lengths must be (B,) = (3,), got (2,)"),
     ({"lengths": [1, 2, 5]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 5"),
     ({"lengths": [1, -2, 3]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got -2"),
+    ({"lengths": [1, 10**30, 3]}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 10"),
     ({"lengths": torch.tensor([1, 9, 3])}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 9"),
     ({"lengths": [1.5, 2, 3]}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor"),
     ({"lengths": torch.tensor([1, 2, 3]).int()}, TypeError, "indrnn: lengths must be int64, got int32"),
@@ -72,10 +76,16 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), CASES, ids=[str(i) for i in range(len(CASES))])
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
-def test_bad_argument(change: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
-    arguments = {"x": X, "weight_hh": U, "backend": backend, **change}
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param({"backend": backend, **change}, *expected, id=f"{i}-{backend}")
+        for i, (change, *expected) in enumerate(CASES)
+        for backend in ([change["backend"]] if "backend" in change else ["auto", "reference", "cpp"])
+    ],
+)
+def test_bad_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": X, "weight_hh": U, **change}
     with pytest.raises(error, match="^" + re.escape(message)):
         indrnn(arguments.pop("x"), arguments.pop("weight_hh"), **arguments)
 
@@ -110,6 +120,8 @@ def test_explain_names_every_backend() -> None:
         explain("indrnn", X)
     with pytest.raises(ValueError, match="explain: op must be one of indrnn"):
         explain("gelu", X)
+    with pytest.raises(ValueError, match=r"explain: op must be one of indrnn.*, got \['indrnn'\]"):
+        explain(["indrnn"], X)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="indrnn: weight_hh must be"):
         explain("indrnn", X, torch.rand(2))
 
@@ -129,3 +141,38 @@ def test_use_backend_chooses_and_restores() -> None:
     with pytest.raises(KeyError), use_backend("cuda"):
         raise KeyError
     assert backends.requested("indrnn", None) == backends._current != "cuda"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_use_backend_in_itself() -> None:
+    def nested(x: Tensor) -> tuple[Tensor, str]:
+        chosen = use_backend("reference")
+        with chosen:
+            with chosen:
+                output, _ = indrnn(x, U)
+            return output, backends.requested("indrnn", None)
+
+    before = backends._current
+    for function in (nested, torch.compile(nested, fullgraph=True, backend="eager")):
+        output, inside = function(X)
+        assert torch.equal(output, indrnn(X, U, backend="reference")[0])
+        assert inside == "reference" and backends._current == before
+
+
+class Call(NamedTuple):
+    """Of a GPU that need not be there."""
+
+    x: Any = SimpleNamespace(device=torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_warning_points_at_the_users_line() -> None:
+    ours: dict[str, Any] = {"__name__": "recattn_kernels.layers.of_this_test", "torch": torch, "backends": backends}
+    exec("class Layer(torch.nn.Module):\n def forward(self, *args): return backends.choose(*args)", ours)
+    layer, call = ours["Layer"](), ("of this test", "auto", {}, Call())
+    with pytest.warns(UserWarning, match="no fused backend") as warned:
+        layer(*call)
+        layer(*call)  # said once, wherever the calls come from
+    assert [linecache.getline(w.filename, w.lineno).strip() for w in warned] == ["layer(*call)"]
+    with pytest.warns(UserWarning, match="^compiled$"):
+        torch.compile(lambda x: (backends._warn_once("compiled"), x + 1)[1], fullgraph=True, backend="eager")(X)

@@ -278,6 +278,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"zoom": torch.ones(3)}, ValueError, "glimpse: zoom must be (B,) = (2,), got (3,)"),
     ({"zoom": torch.ones(2, 3)}, ValueError, "glimpse: zoom must be (B, G) = (2, 1), got (2, 3)"),
     ({"zoom": torch.ones(2).double()}, TypeError, "glimpse: zoom must be float32, got float64"),
+    ({"zoom": torch.ones(2).to_sparse()}, TypeError, "glimpse: zoom must be a dense Tensor"),
     ({"mode": "cubic"}, ValueError, "glimpse: mode must be one of area, bilinear, kevinzakka, tf, dpnn, got 'cubic'"),
     ({"padding": "wrap"}, ValueError, "glimpse: padding must be one of zeros, border, reflect, got 'wrap'"),
     ({"coords": "ij"}, ValueError, "glimpse: coords must be one of xy, yx, got 'ij'"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from recattn_kernels import GRU, LSTM, BackendUnavailableError
-from recattn_kernels.layers.gated_backend import TABLES, fused_backend
+from recattn_kernels.layers.gated_backend import TABLES, fused_runs
 
 
 def test_vendor_is_refused_where_torch_has_no_such_option() -> None:
@@ -59,12 +59,10 @@ def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TABLES, "lstm", {"cpp": refusal})
     weight_hh = torch.randn(4 * H, H)
     batch_sizes = torch.tensor([2, 2, 1])
-    assert fused_backend("lstm", "lstm", weight_hh, torch.bfloat16, 3, 2, batch_sizes) == "cpp"
+    assert fused_runs("lstm", "lstm", weight_hh, torch.bfloat16, 3, 2, batch_sizes) is True
     assert asked[0].x.shape == (3, 2, 4 * H) and asked[0].x.dtype == torch.bfloat16
     assert asked[0].lengths.tolist() == [3, 2] and asked[0].sizes == (3, 2, H)
-    assert fused_backend("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2, None) is None
-    monkeypatch.setitem(TABLES, "lstm", {})
-    assert fused_backend("lstm", "lstm", weight_hh, torch.float32, 3, 2, None) is None
+    assert fused_runs("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2, None) is False
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -92,7 +90,7 @@ def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) ->
     assert len(vendor) == 3 * faster
     layer(x, reset=torch.zeros(2, 5) > 0), layer(x[:, :0])
     assert not asked and len(vendor) == 3 * faster  # not asked where torch.nn cannot run
-    monkeypatch.setitem(TABLES, "gru", {})
+    monkeypatch.setitem(TABLES, "gru", {"cpp": lambda call: "not this one"})
     layer(x)
     assert len(vendor) == 3 * faster + 1  # the reference is all that is left
 

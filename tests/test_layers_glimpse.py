@@ -66,6 +66,8 @@ def test_glimpse_network() -> None:
         network(seen[:, :1], loc)
     with pytest.raises(ValueError, match=re.escape("GlimpseNetwork: loc must be (B, 2) = (4, 2), got (4, 3)")):
         network(seen, torch.zeros(B, 3))
+    with pytest.raises(ValueError, match=r"GlimpseNetwork: glimpse must be on cpu as what\.weight is, got meta"):
+        network(seen.to("meta"), loc)
     with pytest.raises(TypeError, match="GlimpseNetwork: glimpse must be float64, got float32"):
         network(seen.float(), loc)
 

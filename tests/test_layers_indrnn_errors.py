@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from test_layers_indrnn import D, H
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
+from recattn_kernels import GRU
 from recattn_kernels.layers.indrnn import IndRNN, IndRNNCell
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -118,6 +120,15 @@ def test_bad_calls_under_batch_first() -> None:
 def test_bad_calls_of_the_cell(args: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^IndRNNCell: {message}$"):
         IndRNNCell(D, H)(*args)
+
+
+@pytest.mark.parametrize("cls", [IndRNN, GRU])
+def test_lengths_on_another_device(cls: type[torch.nn.Module]) -> None:
+    layer = cls(D, H)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # in which there is a GPU
+        elsewhere = torch.ones(2, dtype=torch.int64, device="cuda")
+        with pytest.raises(ValueError, match=f"^{cls.__name__}: lengths must be on cpu as input is, got cuda:0$"):
+            layer(X, lengths=elsewhere)
 
 
 def test_norm_needs_more_than_one_step_in_training() -> None:

@@ -56,6 +56,11 @@ def test_refuses_options(options: dict[str, Any], error: type[Exception], match:
         ({"slot_mask": torch.ones(B, K)}, TypeError, "slot_mask must be bool, got float32"),
         ({"slot_mask": torch.ones(B, 5).bool()}, ValueError, r"slot_mask must be \(B, K\) = \(3, 4\), got \(3, 5\)"),
         ({"input_mask": torch.ones(N).bool()}, ValueError, r"input_mask must be \(B, N\) = \(3, 40\), got \(40,\)"),
+        (
+            {"slot_mask": torch.ones(B, K, device="meta").bool()},
+            ValueError,
+            "slot_mask must be on cpu as inputs is, got meta$",
+        ),
         ({"return_attn": 1}, TypeError, "return_attn must be a bool, got 1"),
     ],
 )

@@ -107,7 +107,7 @@ def stand_in(tmp_path: Path) -> Path:
         (tree / folder).mkdir(parents=True)
     for name in BUILD_FILES:
         shutil.copy2(ROOT / name, tree / name)
-    (tree / "recattn_kernels/__init__.py").touch()
+    (tree / "recattn_kernels/__init__.py").write_text('__version__ = "1.0"\n')
     (tree / "csrc/cells.h").write_text('#ifndef MARK\n#define MARK "first"\n#endif\n')
     (tree / "csrc/cpu/op.cpp").write_text(
         '#include "cells.h"\nnamespace RECATTN_ISA {\nconst char* mark() { return MARK; }\n}\n'

@@ -139,22 +139,38 @@ def test_what_is_left_is_reported() -> None:
         report.patched = ()  # type: ignore[misc]
 
 
-class OfOurs(rk.LSTM):
-    pass
-
-
 def test_what_unpatch_leaves() -> None:
-    model = nn.ModuleDict({"plain": rk.LSTM(D, H, backend="reference"), "norm": rk.GRU(D, H, layer_norm=True),
-                           "clip": rk.LSTMCell(D, H, grad_clip=1.0, zoneout=(0.1, 0.0)), "of ours": OfOurs(D, H),
-                           "theirs": nn.RNN(D, H)})  # fmt: skip
+    model = nn.ModuleDict({"plain": nn.LSTM(D, H), "norm": nn.GRU(D, H), "clip": nn.LSTMCell(D, H),
+                           "parametrised": nn.GRU(D, H)})  # fmt: skip
+    assert len(patch_model(model).patched) == 4
+    model["plain"].backend = "reference"
+    model["norm"].recurrent_dropout = 0.5
+    model["clip"].grad_clip, model["clip"].zoneout = 1.0, (0.1, 0.0)
+    torch.nn.utils.parametrize.register_parametrization(model["parametrised"], "weight_hh_l0", nn.Identity())
+    model["ours"], model["theirs"] = rk.LSTM(D, H), nn.RNN(D, H)
     report = unpatch_model(model)
     assert report.patched == ("plain",)
     assert report.left == {
-        "norm": "torch.nn has no layer_norm",
+        "norm": "torch.nn has no recurrent_dropout",
         "clip": "torch.nn has no zoneout and no grad_clip",
-        "of ours": f"its class {__name__}.OfOurs is derived from ours",
+        "parametrised": "its class torch.nn.utils.parametrize.ParametrizedGRU is derived from ours",
+        "ours": "it was not patched but made as ours; to_torch() gives one of torch.nn's",
     }
+    assert type(model["ours"]) is rk.LSTM and type(model["plain"]) is nn.LSTM
+    assert vars(model["plain"]).keys() == vars(nn.LSTM(D, H)).keys()
     assert str(patch_model(nn.LSTM(D, H))) == "1 patched, 0 left\n  patched  (the model)"
+
+
+def test_a_copy_can_be_unpatched() -> None:
+    model = nn.ModuleDict({"lstm": nn.LSTM(D, H), "cell": nn.GRUCell(D, H)})
+    keys = model.state_dict().keys()
+    patch_model(model)
+    assert model.state_dict().keys() == keys
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert unpatch_model(other).patched == ("lstm", "cell")
+        assert type(other["lstm"]) is nn.LSTM and type(other["cell"]) is nn.GRUCell
+    # Of a patched module, but made as ours.
+    assert unpatch_model(rk.LSTM.from_torch(model["lstm"].to_torch())).patched == ()
 
 
 def test_weight_norm_by_hook_goes_on_working() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import recattn_kernels as rk
 from recattn_kernels import backends
 from recattn_kernels.layers import projection
 from recattn_kernels.layers.projection import column_sum, matmul, project
@@ -82,3 +85,52 @@ def test_autocast_and_transforms_are_left_to_torch() -> None:
     torch.testing.assert_close(torch.vmap(lambda x: project(x, weight, bias))(x.expand(2, 40, 33))[1], expected)
     compiled = torch.compile(project, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight, bias), expected)
+
+
+LAYERS: dict[str, tuple[type[torch.nn.Module], tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
+    "RNN": (rk.RNN, (24, 32), {}, (5, 8, 24)),
+    "LSTM": (rk.LSTM, (24, 32), {"layer_norm": True}, (5, 8, 24)),
+    "LSTM with proj_size": (rk.LSTM, (24, 32), {"proj_size": 4, "grad_clip": 1.0}, (5, 8, 24)),
+    "GRUCell": (rk.GRUCell, (24, 32), {"grad_clip": 1.0}, (20, 24)),
+    "IndRNN": (rk.IndRNN, (24, 32), {}, (5, 8, 24)),
+    "IndRNNCell": (rk.IndRNNCell, (24, 32), {}, (20, 24)),
+    "SlotAttention": (rk.SlotAttention, (3, 24), {}, (8, 200, 24)),
+    "SlotAttention with heads": (rk.SlotAttention, (3, 24), {"heads": 2}, (8, 200, 24)),
+    "AdditiveAttention": (rk.AdditiveAttention, (16, 24, 8), {}, (20, 4, 24)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_nothing_in_another_backend_than_it_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def extension(name: str, real: Any = backends.extension) -> Any:
+        used.append(name)
+        return real(name)
+
+    products: list[Tensor] = []
+
+    def product(*args: Tensor) -> Tensor:
+        products.append(matmul(*args))
+        return products[-1]
+
+    monkeypatch.setattr(backends, "extension", extension)
+    monkeypatch.setattr(projection, "matmul", product)
+    cls, sizes, options, shape = LAYERS[name]
+
+    def run(asked: str | None) -> None:
+        layer = cls(*sizes, **options, backend=asked)
+        x = torch.randn(shape, requires_grad=True)
+        query = (torch.randn(len(x), 16),) if cls is rk.AdditiveAttention else ()
+        output = layer(*query, x)
+        output = output[0] if isinstance(output, tuple) else output
+        output.sum().backward()
+
+    run("reference")
+    with rk.use_backend("reference"):
+        run(None)
+    assert not used
+    run("auto")
+    assert "_cpu" in used and products

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,3 +89,18 @@ def test_without_a_compiler_every_step_is_launched_by_name() -> None:
     launches = [Launch(Kernel(name), (2, 3), {"x": 1.0, "i": 0}, 4, 255) for name in "ab"]
     run_steps(launches, 3)
     assert launched == [(name, (2, 3), 1.0, i) for i in range(3) for name in "ab"]
+
+
+@test_aot.needs_triton
+def test_a_call_needs_nothing_of_ahead_of_time_compilation() -> None:
+    """Which reaches into Triton for names that a release may change."""
+    code = """
+import torch, triton.backends.compiler, triton.compiler, triton.runtime.jit as jit
+from recattn_kernels import indrnn
+del jit.create_function_from_signature, triton.compiler.ASTSource, triton.compiler.make_backend
+del triton.backends.compiler.GPUTarget
+indrnn(torch.ones(2, 3, 4), torch.ones(4), backend="triton")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -16,7 +16,8 @@ namespace RECATTN_ISA {
 namespace {
 
 template <class T> constexpr int64_t KC = 1024 / sizeof(T);  // a panel of B takes two thirds of 48 kB at most
-constexpr int64_t MC = 240;                                  // a block of A takes a quarter of 1 MB
+constexpr int64_t MC = 240;
+constexpr int64_t SLAB = 4096, BLOCK_A = int64_t(480) << 10;  // bytes: a row of a block of A, and all of it, half of 1 MB
 constexpr int64_t NC = 4096;
 constexpr int64_t PACKED_B = int64_t(8) << 20;  // bytes
 constexpr int64_t FEW_ROWS = 8, FEW_PRODUCTS = 2;
@@ -54,19 +55,23 @@ void packed_product(const Product<T>& p) {
   const int64_t kc = ceil_div(p.K, ceil_div(p.K, KC<T>)), nc = least(round_up(p.N, N_TILE), NC);
   // As many blocks of kc as B's share of the third-level cache holds.
   const int64_t depth = least(round_up(p.K, kc), most(1, PACKED_B / int64_t(sizeof(T)) / (nc * kc)) * kc);
+  // As many of these as leave a block of A enough rows: a tile of C takes up all of them before the next one does, and
+  // so goes to memory and back once for a slab, not for each kc.
+  const int64_t slab = least(depth, most(1, SLAB / int64_t(sizeof(T)) / kc) * kc);
+  const int64_t mc_most = most(MR, least(MC, BLOCK_A / int64_t(sizeof(T)) / slab / MR * MR));
   // A task is a block of rows. Where there are too few of them for all threads, it is a share of the columns.
   const bool by_rows = p.M >= 2 * MR * p.threads || p.M >= p.N;
-  const int64_t row_tasks = by_rows ? round_up(ceil_div(p.M, MC), p.threads) : ceil_div(p.M, MC);
+  const int64_t row_tasks = by_rows ? round_up(ceil_div(p.M, mc_most), p.threads) : ceil_div(p.M, mc_most);
   const int64_t col_tasks = by_rows ? 1 : p.threads, mc = round_up(ceil_div(p.M, row_tasks), MR);
   const int64_t a_block = mc / MR * panel_size<MR, T>(kc), b_block = nc / N_TILE * panel_size<N_TILE, T>(kc);
-  const Scratch<T> packed_as(p.threads * a_block), packed_b(depth / kc * b_block);
+  const Scratch<T> packed_as(p.threads * slab / kc * a_block), packed_b(depth / kc * b_block);
   int started = 0;
 #pragma omp parallel num_threads(p.threads)
   {
     int thread;
 #pragma omp atomic capture
     thread = started++;
-    T* const packed_a = packed_as.data + thread * a_block;
+    T* const packed_a = packed_as.data + thread * (slab / kc) * a_block;
     for (int64_t j0 = 0; j0 < p.N; j0 += nc) {
       const int64_t columns = least(nc, p.N - j0), share = round_up(ceil_div(columns, col_tasks), N_TILE);
       for (int64_t d0 = 0; d0 < p.K; d0 += depth) {
@@ -84,14 +89,20 @@ void packed_product(const Product<T>& p) {
         for (int64_t task = 0; task < ceil_div(p.M, mc) * col_tasks; ++task) {
           const int64_t i0 = task / col_tasks * mc, rows = least(mc, p.M - i0);
           const int64_t from = task % col_tasks * share, to = least(columns, from + share);
-          for (int64_t k = d0; k < d1; k += kc) {
-            const int64_t here = least(kc, d1 - k);
-            pack<MR>(p.a.from(i0, k), rows, here, packed_a);
+          for (int64_t s0 = d0; s0 < d1; s0 += slab) {
+            const int64_t s1 = least(d1, s0 + slab);
+            for (int64_t k = s0; k < s1; k += kc) {
+              pack<MR>(p.a.from(i0, k), rows, least(kc, s1 - k), packed_a + (k - s0) / kc * a_block);
+            }
             for (int64_t j = from; j < to; j += N_TILE) {
-              for (int64_t i = 0; i < rows; i += MR) {
-                multiply(packed_a + i / MR * panel_size<MR, T>(here), panels(k, j), here, p.base(i0 + i, j0 + j, k),
-                         p.base_row(k), p.c + (i0 + i) * p.c_row + j0 + j, p.c_row, least(MR, rows - i),
-                         least(N_TILE, to - j));
+              for (int64_t k = s0; k < s1; k += kc) {
+                const int64_t here = least(kc, s1 - k);
+                const T* const a = packed_a + (k - s0) / kc * a_block;
+                for (int64_t i = 0; i < rows; i += MR) {
+                  multiply(a + i / MR * panel_size<MR, T>(here), panels(k, j), here, p.base(i0 + i, j0 + j, k),
+                           p.base_row(k), p.c + (i0 + i) * p.c_row + j0 + j, p.c_row, least(MR, rows - i),
+                           least(N_TILE, to - j));
+                }
               }
             }
           }

@@ -14,6 +14,7 @@ from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
+from recattn_kernels.ops.gated.api import pair
 
 
 class AdditiveAttention(nn.Module):
@@ -95,7 +96,8 @@ class AdditiveAttention(nn.Module):
     def precompute(self, keys: Tensor) -> Tensor:
         """U k + b of keys (B, N, key_dim): (B, N, A), for the argument `projected` of every step."""
         _check("AdditiveAttention", "keys", keys, "(B, N, key_dim)", self.key_dim, self.weight)
-        return project(keys, self.project_keys.weight, self.project_keys.bias)
+        backend = backends.requested("AdditiveAttention", self.backend)
+        return project(keys, self.project_keys.weight, self.project_keys.bias, backend)
 
     def forward(
         self,
@@ -157,9 +159,9 @@ class AttentionLSTMCell(nn.Module):
         activation: of the attention: tanh or relu.
         backend: of the attention and of the LSTM; None takes that of use_backend(), else of RECATTN_BACKEND.
 
-    Inputs: input (B, input_size); state, the pair (h, c), each (B, hidden_size); keys (B, N, key_dim); mask (B, N)
-    bool, True where a position takes part; projected (B, N, attn_dim), what precompute(keys) gave: once a sequence, not
-    once a step.
+    Inputs: input (B, input_size); state, the pair (h, c), each (B, hidden_size), zeros when None; keys (B, N, key_dim);
+    mask (B, N) bool, True where a position takes part; projected (B, N, attn_dim), what precompute(keys) gave: once a
+    sequence, not once a step.
 
     Returns: AttentionStep(h, c, context, weights).
 
@@ -225,15 +227,21 @@ class AttentionLSTMCell(nn.Module):
     def forward(
         self,
         input: Tensor,
-        state: tuple[Tensor, Tensor],
+        state: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         *,
         mask: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> AttentionStep:
         _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size, self.attention.weight)
-        context, weights = self.attend(state[0], keys, mask=mask, projected=projected)
-        h, c, context = self.step(input, context, state)
+        h, c = pair("AttentionLSTMCell", "state", state, "a pair of Tensors (h, c)")
+        if state is None:
+            h = c = input.new_zeros(input.shape[0], self.hidden_size)
+        for name, value in (("state[0]", h), ("state[1]", c)):
+            checks.tensor("AttentionLSTMCell", name, value)
+            checks.shape("AttentionLSTMCell", name, value, "(B, hidden_size)", (input.shape[0], self.hidden_size))
+        context, weights = self.attend(h, keys, mask=mask, projected=projected)
+        h, c, context = self.step(input, context, (h, c))
         return AttentionStep(h, c, context, weights)
 
     def extra_repr(self) -> str:
@@ -245,9 +253,9 @@ class AttentionLSTMCell(nn.Module):
 
 
 def _rows(name: str, value: Tensor, query: Tensor) -> None:
-    if len(value) != len(query):
+    if value.shape[0] != query.shape[0]:
         raise ValueError(
-            f"AdditiveAttention: {name} must be (B, N, ...) with B = {len(query)}, got {tuple(value.shape)}"
+            f"AdditiveAttention: {name} must be (B, N, ...) with B = {query.shape[0]}, got {tuple(value.shape)}"
         )
 
 

@@ -96,7 +96,7 @@ class Layer(Gated, nn.RNNBase):
         if reset is not None:
             check_reset(name, reset, T, B, self.batch_first, input)
         if lengths is not None:
-            lengths = checks.lengths(name, lengths, B, T, input)
+            lengths = checks.lengths(name, lengths, B, T, input, "input")
         batch = Padded(input, self.batch_first, lengths)
         # Zeros past the lengths, so that nothing which lies there gets into the gradient of weight_ih.
         return self._stack(batch.zero_padding(input), states, reset, batch, backend)

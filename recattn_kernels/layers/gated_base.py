@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, autocasts, projected_dtype
-from recattn_kernels.layers.gated_backend import fused_backend, vendor_is_faster
+from recattn_kernels.layers.gated_backend import fused_runs, vendor_is_faster
 from recattn_kernels.layers.lstmp import lstmp
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded
@@ -23,6 +23,8 @@ from recattn_kernels.ops.rnn.api import rnn
 
 Self = TypeVar("Self", bound="Gated")
 States = tuple[Tensor, ...]  # (h,), in the LSTM (h, c)
+
+MANY = 64  # steps, or rows, where the rule that chooses a backend may not ask how many
 
 
 class Gated(nn.Module):
@@ -37,6 +39,7 @@ class Gated(nn.Module):
     recurrent_dropout: float = 0.0
     grad_clip: float | None = None
     backend: str | None = None
+    _patched: bool = False  # whether patch_model made it of one of torch.nn's
 
     _op: ClassVar[str]
     _vendor: ClassVar[type[nn.Module]]  # the class of torch.nn
@@ -189,6 +192,8 @@ class Gated(nn.Module):
         if extras or T == 0 or backends.under_transform():
             return name
         dtype = projected_dtype(input, input.dtype)
+        if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
+            T, B = 1 if T == 1 else MANY, MANY
         vendor = (
             getattr(self, "proj_size", 0) > 0
             or vendor_is_faster(
@@ -201,7 +206,7 @@ class Gated(nn.Module):
                 packed=packed is not None,
                 needs_grad=differentiates and (input.requires_grad or self._weight_hh().requires_grad),
             )
-            or fused_backend(self._op, self._cell, self._weight_hh(), dtype, T, B, packed) is None
+            or not fused_runs(self._op, self._cell, self._weight_hh(), dtype, T, B, packed)
         )
         return "vendor" if vendor else name
 
@@ -234,11 +239,11 @@ class Gated(nn.Module):
         if self.layer_norm:
             parts = ("hh", "c") if self._op == "lstm" else ("hh",)
             norm = tuple(parameter(f"ln_{part}_{what}") for part in parts for what in ("weight", "bias"))
-            x = project(x, parameter("weight_ih"), None)
+            x = project(x, parameter("weight_ih"), None, backend)
             bias = parameter("ln_ih_bias") if b_ih is None else parameter("ln_ih_bias") + b_ih
             x = sequence.layer_norm(x, parameter("ln_ih_weight"), bias).to(x.dtype)  # autocast returns float32
         else:
-            x = project(x, parameter("weight_ih"), b_ih)
+            x = project(x, parameter("weight_ih"), b_ih, backend)
         if autocasts(x):
             if self._promotes and x.device.type == "cpu" and x.dtype != (source if states is None else states[0].dtype):
                 x = x.float()

@@ -182,7 +182,7 @@ class GlimpseNetwork(nn.Module):
         checks.tensor("GlimpseNetwork", "loc", loc)
         checks.shape("GlimpseNetwork", "glimpse", glimpse, "(B, S, C, gh, gw)", (*glimpse.shape[:1], *self._shape))
         checks.shape("GlimpseNetwork", "loc", loc, "(B, 2)", (glimpse.shape[0], 2))
-        checks.device("GlimpseNetwork", "glimpse", glimpse, "its weights", self.what.weight)
+        checks.device("GlimpseNetwork", "glimpse", glimpse, "what.weight", self.what.weight)
         checks.device("GlimpseNetwork", "loc", loc, "glimpse", glimpse)
         checks.dtype("GlimpseNetwork", "glimpse", glimpse, accepted_dtypes(glimpse, self.what.weight.dtype))
         h_g = F.relu(self.glimpse_in(glimpse.flatten(1)))

@@ -22,6 +22,7 @@ from recattn_kernels.layers.indrnn_cell import (
 )
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
+from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -233,7 +234,7 @@ class IndRNN(nn.Module):
         B, T = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
         self._check(symbols, input, h0, reset, B, T)
         if lengths is not None:
-            lengths = checks.lengths("IndRNN", lengths, B, T, input)
+            lengths = checks.lengths("IndRNN", lengths, B, T, input, "input")
         batch = Padded(input, self.batch_first, lengths)
         # Zeros past the lengths, so that nothing which lies there gets into the gradient of weight_ih.
         return self._stack(batch.zero_padding(input), h0, reset, batch)
@@ -267,11 +268,13 @@ class IndRNN(nn.Module):
         self, x: Tensor, h0: Tensor | None, reset: Tensor | None, batch: Padded | Packed
     ) -> tuple[Tensor, Tensor]:
         """All layers over x (..., D), in the form of batch: the output, and h_n (num_layers * num_directions, B, H)."""
+        backend = backends.requested("IndRNN", self.backend)
         states: list[Tensor] = []
         for k in range(self.num_layers):
             outputs = []
             for suffix in self._suffixes(k):
-                output, h_n = self._recurrence(x, suffix, None if h0 is None else h0[len(states)], reset, batch)
+                first = None if h0 is None else h0[len(states)]
+                output, h_n = self._recurrence(x, suffix, first, reset, batch, backend)
                 outputs.append(output)
                 states.append(h_n)
             y = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
@@ -282,10 +285,10 @@ class IndRNN(nn.Module):
         return x, torch.stack(states)
 
     def _recurrence(
-        self, x: Tensor, suffix: str, h0: Tensor | None, reset: Tensor | None, batch: Padded | Packed
+        self, x: Tensor, suffix: str, h0: Tensor | None, reset: Tensor | None, batch: Padded | Packed, backend: str
     ) -> tuple[Tensor, Tensor]:
         """One direction of one layer: projection, recurrence and norm."""
-        x = F.linear(x, getattr(self, "weight_ih" + suffix))
+        x = project(x, getattr(self, "weight_ih" + suffix), None, backend)
         if self.norm == "before":
             x = batch_norm(getattr(self, "norm" + suffix), x, batch.valid)
         output, h_n = indrnn(
@@ -293,14 +296,14 @@ class IndRNN(nn.Module):
             bounded(getattr(self, "weight_hh" + suffix), self.recurrent_max),
             h0,
             activation=self.nonlinearity,
-            # Here rather than in F.linear: the kernel sums its gradient on the way, at no cost.
+            # Here rather than in the projection: the kernel sums its gradient on the way, at no cost.
             bias=getattr(self, "bias" + suffix),
             reset=reset,
             lengths=batch.lengths,
             reverse=suffix.endswith("_reverse"),
             batch_first=batch.batch_first,
             grad_clip=self.grad_clip,
-            backend=self.backend,
+            backend=backend,
         )
         output = batch.pack(output)
         if self.norm == "after":

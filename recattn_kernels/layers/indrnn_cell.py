@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, projected_dtype
 from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.projection import project
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -131,14 +131,15 @@ class IndRNNCell(nn.Module):
         if hx is not None:
             expected = (*input.shape[:-1], self.hidden_size)
             check_state("IndRNNCell", "hx", hx, "(B, H)" if batched else "(H,)", expected, input, self.weight_ih)
-        x = F.linear(input, self.weight_ih)
+        backend = backends.requested("IndRNNCell", self.backend)
+        x = project(input, self.weight_ih, None, backend)
         _, h = indrnn(
             x.unsqueeze(0) if batched else x[None, None],
             bounded(self.weight_hh, self.recurrent_max),
             hx if hx is None or batched else hx.unsqueeze(0),
             activation=self.nonlinearity,
             bias=self.bias,
-            backend=self.backend,
+            backend=backend,
         )
         return h if batched else h.squeeze(0)
 

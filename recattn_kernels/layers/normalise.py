@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.layers.projection import COMPILED
 
 
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) of x (..., D) along its last dimension: F.layer_norm without weights."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+def normalise(x: Tensor, eps: float, backend: str = "auto") -> Tensor:
+    """(x - mean) / sqrt(variance + eps) of x (..., D) along its last dimension: F.layer_norm without weights.
+
+    backend: as of project().
+    """
+    if backend not in COMPILED or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return _plain(x, eps)
     if torch.is_autocast_enabled("cpu") or backends.under_transform() or backends.dispatches(x):
         return _plain(x, eps)

@@ -50,6 +50,7 @@ def patch_model(model: nn.Module) -> PatchReport:
                 left[name] = "its forward has been replaced on the instance"
                 continue
             module.__class__ = OURS[type(module)]
+            module._patched = True  # an attribute like any other: copies and pickles have it
             patched.append(name)
         elif not isinstance(module, Gated) and (reason := _why_left(module)) is not None:
             left[name] = reason
@@ -57,10 +58,11 @@ def patch_model(model: nn.Module) -> PatchReport:
 
 
 def unpatch_model(model: nn.Module) -> PatchReport:
-    """Undoes patch_model: every RNN, LSTM, GRU and cell of ours in a model becomes torch.nn's again, in place.
+    """Undoes patch_model: every RNN, LSTM, GRU and cell that it made ours in a model, or in what the model was copied
+    from, becomes torch.nn's again, in place.
 
-    One with an option that torch.nn does not have, or of a class derived from ours, is left as it is; the report says
-    so. A backend that was set is forgotten.
+    One that was made as ours is left as it is, and so is one on which an option that torch.nn does not have has been
+    set, or whose class is by now derived from ours; the report says so. A backend that was set is forgotten.
     """
     _check("unpatch_model", model)
     patched, left = [], {}
@@ -68,12 +70,14 @@ def unpatch_model(model: nn.Module) -> PatchReport:
     for name, module in model.named_modules():
         if not isinstance(module, Gated):
             continue
-        if type(module) not in THEIRS:
+        if not module._patched:
+            left[name] = "it was not patched but made as ours; to_torch() gives one of torch.nn's"
+        elif type(module) not in THEIRS:
             left[name] = f"its class {_path(module)} is derived from ours"
         elif extras := module._extras():
             left[name] = f"torch.nn has no {' and no '.join(extras)}"
         else:
-            for option in ("layer_norm", "zoneout", "recurrent_dropout", "grad_clip", "backend"):
+            for option in ("layer_norm", "zoneout", "recurrent_dropout", "grad_clip", "backend", "_patched"):
                 vars(module).pop(option, None)
             module.__class__ = THEIRS[type(module)]  # type: ignore[assignment]  # no longer the Gated that it was
             patched.append(name)

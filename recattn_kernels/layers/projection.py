@@ -10,17 +10,20 @@ from torch import Tensor
 
 from recattn_kernels import backends
 
+COMPILED = ("auto", "cpp")  # the backends under which what a layer computes itself may run in csrc
 
-def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+
+def project(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
     """input (..., D) weight^T + bias, with weight (G*H, D) and bias (G*H,): (..., G*H).
 
-    In float32 on a CPU by csrc/cpu/gemm.cpp, which is faster than the BLAS behind F.linear, in the backward too; in
-    float16 as well, which torch multiplies there some twenty times slower than float32.
+    Under auto and cpp in float32 on a CPU by csrc/cpu/gemm.cpp, which is faster than the BLAS behind F.linear, in the
+    backward too; in float16 as well, which torch multiplies there some twenty times slower than float32. backend is
+    what backends.requested() says to the layer.
     """
-    if not _packed(input, weight, bias):
+    if backend not in COMPILED or not _packed(input, weight, bias):
         return F.linear(input, weight, bias)
     if input.dtype == torch.float16:
-        return project(input.float(), weight.float(), None if bias is None else bias.float()).half()
+        return project(input.float(), weight.float(), None if bias is None else bias.float(), backend).half()
     rows = input.reshape(-1, input.shape[-1])
     if torch.is_grad_enabled() and True in [t.requires_grad for t in (input, weight, bias) if t is not None]:
         output: Tensor = _Projection.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
@@ -30,6 +33,8 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _packed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():  # before a rule on sizes: compiled for one side of it, an export takes no other
+        return False
     # Of a few rows a product takes as long as reading weight, and F.linear costs less Python.
     if input.numel() < 16 * input.shape[-1] or input.shape[-1] == 0:
         return False

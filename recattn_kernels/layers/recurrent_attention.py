@@ -13,7 +13,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
-from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
@@ -95,8 +95,8 @@ class RecurrentAttention(nn.Module):
         learn_std: makes the std of either coordinate a parameter, which starts there.
         stop: after each glimpse the model may stop and answer. In training it draws whether to, by the probability
             sigmoid(W_s h_t + b_s); in evaluation it stops where that is above 1/2.
-        backend: auto, reference, cpp, triton or cuda, of the glimpses and of the core; None takes that of
-            use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton, of the glimpses and of the core; None takes that of use_backend(), else
+            of RECATTN_BACKEND.
 
     Inputs:
         image: (B, C, H, W), any H and W, floating or uint8, which is divided by 255.
@@ -222,9 +222,10 @@ class RecurrentAttention(nn.Module):
         loc_dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
         noise = chance = None
         if self.training:
-            noise = torch.randn(T, B * M, 2, generator=generator, device=image.device, dtype=loc_dtype)
+            drawn = {**from_generator(generator), "device": image.device, "dtype": loc_dtype}
+            noise = torch.randn(T, B * M, 2, **drawn)
             if self.stop:
-                chance = torch.rand(T, B * M, generator=generator, device=image.device, dtype=loc_dtype)
+                chance = torch.rand(T, B * M, **drawn)
         std = self._log_std(weight).detach().to(loc_dtype).exp()
 
         h = c = weight.new_zeros(B * M, self.hidden_size)
@@ -322,7 +323,11 @@ class RecurrentAttention(nn.Module):
 
     def extra_repr(self) -> str:
         options = changed_options(
-            self, channels=1, glimpse_size=8, scales=1, num_glimpses=6, scale_factor=2.0, hidden_size=256,
-            core_type="rnn", glimpse="additive", location_std=0.1, learn_std=False, stop=False, backend=None,
-        )  # fmt: skip
-        return ", ".join([str(self.num_classes), *options]).replace("core_type=", "core=")
+            self, channels=1, glimpse_size=8, scales=1, num_glimpses=6, scale_factor=2.0, hidden_size=256
+        )
+        if self.core_type != "rnn":  # self.core is the module
+            options.append(f"core={self.core_type!r}")
+        options += changed_options(
+            self, glimpse="additive", location_std=0.1, learn_std=False, stop=False, backend=None
+        )
+        return ", ".join([str(self.num_classes), *options])

@@ -13,7 +13,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers import slot_attention_weights
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import GRUCell
-from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
@@ -53,7 +53,7 @@ class SlotAttention(nn.Module):
             last one, the first-order implicit gradient of Chang et al.; iterations before it keep nothing.
             "bi-level": that, and the gradient of the last iteration's slots is handed to the initial ones (Jia et al.).
         device, dtype: of the parameters.
-        backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
+        backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Inputs:
         inputs: (B, N, input_dim).
@@ -200,17 +200,18 @@ class SlotAttention(nn.Module):
             inputs = inputs.masked_fill(~input_mask.unsqueeze(-1), 0)
         implicit = self.grad_mode != "full"
         times = 1 if implicit else self.iters - return_attn
-        attend = attention(self, inputs, K, slot_mask, input_mask, times)
+        backend = backends.requested(NAME, self.backend)
+        attend = attention(self, inputs, K, slot_mask, input_mask, times, backend)
 
         initial, attn = slots, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
             for _ in range(self.iters - 1):
-                slots, _ = self._iteration(attend, slots, False)
+                slots, _ = self._iteration(attend, slots, False, backend)
         if implicit:
             slots = slots.detach()
         if self.grad_mode == "bi-level":
             slots = slots + (initial - initial.detach())
-        slots, attn = self._iteration(attend, slots, return_attn)
+        slots, attn = self._iteration(attend, slots, return_attn, backend)
         if absent is not None:
             slots = slots.masked_fill(absent, 0)
         return slots if attn is None else (slots, attn)
@@ -219,18 +220,20 @@ class SlotAttention(nn.Module):
         mu = self.slots_mu
         if self.slots_log_sigma is None:
             return mu[:, :K].expand(B, -1, -1)
-        noise = torch.randn(B, K, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
+        noise = torch.randn(B, K, self.dim, **from_generator(generator), device=mu.device, dtype=mu.dtype)
         return mu + self.slots_log_sigma.exp() * noise
 
-    def _iteration(self, attend: Attention, slots: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        updates, attn = attend(linear(self.project_q, self.norm_slots(slots)), return_attn)
+    def _iteration(
+        self, attend: Attention, slots: Tensor, return_attn: bool, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
+        updates, attn = attend(linear(self.project_q, self.norm_slots(slots), backend), return_attn)
         if self.gru is None:
             slots = slots + updates
         else:
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
         hidden = self.norm_mlp(slots)
         for module in self.mlp if is_plain(self.mlp, nn.Sequential) else (self.mlp,):
-            hidden = linear(module, hidden)
+            hidden = linear(module, hidden, backend)
         return slots + hidden, attn
 
     def _check(
@@ -267,11 +270,11 @@ class SlotAttention(nn.Module):
                     f"{NAME}: num_slots must be at most {self.num_slots}, as that many are learned, got {K}"
                 )
         if slot_mask is not None:
-            checks.mask(NAME, "slot_mask", slot_mask, "(B, K)", (B, K), inputs)
+            checks.mask(NAME, "slot_mask", slot_mask, "(B, K)", (B, K), inputs, "inputs")
         if input_mask is not None:
-            checks.mask(NAME, "input_mask", input_mask, "(B, N)", (B, N), inputs)
+            checks.mask(NAME, "input_mask", input_mask, "(B, N)", (B, N), inputs, "inputs")
         checks.flag(NAME, "return_attn", return_attn)
-        return int(K)
+        return K
 
     @classmethod
     def preset(cls, name: str, num_slots: int, dim: int, **options: Any) -> SlotAttention:

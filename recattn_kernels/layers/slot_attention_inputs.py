@@ -36,12 +36,21 @@ ATTENTION_COST = 2.5
 
 
 def attention(
-    layer: SlotAttention, inputs: Tensor, K: int, slot_mask: Tensor | None, input_mask: Tensor | None, times: int
+    layer: SlotAttention,
+    inputs: Tensor,
+    K: int,
+    slot_mask: Tensor | None,
+    input_mask: Tensor | None,
+    times: int,
+    backend: str,
 ) -> Attention:
-    """The attention of every iteration over inputs (B, N, input_dim): `times` with a gradient and A not wanted."""
+    """The attention of every iteration over inputs (B, N, input_dim): `times` with a gradient and A not wanted.
+
+    backend: the one that is asked for.
+    """
     options: dict[str, Any] = {
         "scale": 1 / (layer.temperature * math.sqrt(layer.dim / layer.heads)), "eps": layer.eps,
-        "eps_mode": layer.eps_mode, "input_mask": input_mask, "backend": layer.backend,
+        "eps_mode": layer.eps_mode, "input_mask": input_mask, "backend": backend,
     }  # fmt: skip
     if absorbs(layer, inputs.shape[1], K):
         return _absorbed(layer, inputs, slot_mask, input_mask, options, times)
@@ -54,6 +63,8 @@ def absorbs(layer: SlotAttention, N: int, K: int) -> bool:
     Exact: in eps_mode "add", where the weights of a slot add up to 1. With heads that compete by themselves there
     would be keys for every head; those that compete jointly are as good as slots of one head.
     """
+    if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
+        N, K = 1024, layer.num_slots
     rows = layer.heads * K
     if layer.eps_mode != "add" or layer.eps == 0 or (layer.heads > 1 and layer.head_softmax != "joint"):
         return False
@@ -79,8 +90,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _projected(
     layer: SlotAttention, inputs: Tensor, slot_mask: Tensor | None, options: dict[str, Any], times: int
 ) -> Attention:
-    x = layer.norm_inputs(inputs)
-    k, v = (_by_head(linear(module, x), layer.heads) for module in (layer.project_k, layer.project_v))
+    x, backend = layer.norm_inputs(inputs), options["backend"]
+    k, v = (_by_head(linear(module, x, backend), layer.heads) for module in (layer.project_k, layer.project_v))
 
     once = repeated(k, v, times, slot_mask=slot_mask, head_softmax=layer.head_softmax, **options)
 
@@ -96,10 +107,10 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x if heads == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
+def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
     """module(x), by our own product where module is a torch.nn.Linear and nothing more."""
     if isinstance(module, nn.Linear) and is_plain(module, nn.Linear):
-        return project(x, module.weight, module.bias)
+        return project(x, module.weight, module.bias, backend)
     result: Tensor = module(x)
     return result
 
@@ -112,8 +123,8 @@ def _absorbed(
     options: dict[str, Any],
     times: int,
 ) -> Attention:
-    heads, norm = layer.heads, layer.norm_inputs
-    x = normalise(inputs, norm.eps)
+    heads, norm, backend = layer.heads, layer.norm_inputs, options["backend"]
+    x = normalise(inputs, norm.eps, backend)
     if autocasts(x) and x.dtype == torch.float32:  # layer_norm returns float32 there, which the projections would cast
         x = x.to(torch.get_autocast_dtype(x.device.type))
     (key, key_shift), (value, value_shift) = (_folded(m, norm) for m in (layer.project_k, layer.project_v))
@@ -129,14 +140,14 @@ def _absorbed(
     def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
         K = q.shape[1]
         if heads == 1:
-            rows, bias = project(q, key.t(), None), torch.matmul(q, key_shift)
+            rows, bias = project(q, key.t(), None, backend), torch.matmul(q, key_shift)
         else:
             by_head = q.unflatten(-1, (heads, -1))
             rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
             bias = torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
         mean, attn = once(rows, options["scale"] * bias, return_attn)  # (B, heads * K, input_dim)
         if heads == 1:
-            updates = project(mean, value, None)
+            updates = project(mean, value, None, backend)
         else:
             mean = mean.unflatten(1, (heads, K))
             updates = torch.einsum("bhke,hde->bkhd", mean, value.unflatten(0, (heads, -1))).flatten(2)

@@ -22,7 +22,7 @@ class ClipGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, limit: float) -> Tensor:
-        return h.view_as(h)
+        return h.clone()  # not a view: what follows may be modified in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -34,7 +34,7 @@ class ClipGradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.view_as(tangent)
+        return tangent.clone()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -38,6 +38,7 @@ def _zoom(zoom: Any, loc: Tensor) -> tuple[float, Tensor | None]:
     if not isinstance(zoom, Tensor):
         checks.finite_positive("glimpse", "zoom", zoom)
         return float(zoom), None
+    checks.tensor("glimpse", "zoom", zoom)
     B, G = loc.shape[:2]
     if zoom.dim() == 1:
         checks.shape("glimpse", "zoom", zoom, "(B,)", (B,))
@@ -112,7 +113,8 @@ def normalise(
     if mode in COMPATIBLE:
         _compatible(mode, (height, width), scales, scale_factor, zoom, padding)
         loc = loc.detach()  # whole pixels: no derivative
-    if scales > 1 and not math.isfinite(reference.pixels_per_cell(base, scales, scale_factor)[-1]):
+    # Not math.isfinite(): a compiled graph has symbols for numbers that change.
+    if scales > 1 and not reference.pixels_per_cell(base, scales, scale_factor)[-1] < math.inf:
         raise ValueError(f"glimpse: scales must leave cells of finite size, got {scales} with factor {scale_factor}")
     return Call(image, (image, loc, scale), (height, width, scales, float(scale_factor), base, mode, padding, dtype))
 

@@ -96,7 +96,7 @@ def _once(*args: Any) -> tuple[Tensor | None, ...]:
 SHARED = _Shared(
     "slot_attention_shared",
     inputs="Tensor k, Tensor? v, Tensor? slot_mask, Tensor? input_mask",
-    options="int times, int K, float scale, float eps, bool denominator",
+    options="int times, SymInt K, float scale, float eps, bool denominator",
     outputs=("pending",),
     definition=_empty_shared,
     empty=_empty_shared,
@@ -120,7 +120,8 @@ Attend = Callable[[Tensor, "Tensor | None", bool], tuple[Tensor, "Tensor | None"
 
 def repeated(k: Tensor, v: Tensor | None, times: int, **options: Any) -> Attend:
     """slot_attention() of k, v and options, to be called at most `times` times with A not wanted."""
-    backend: str = ""
+    requested = options.pop("backend", None)
+    backend = ""
     pending: Tensor | None = None
 
     def attend(q: Tensor, bias: Tensor | None, return_attn: bool) -> tuple[Tensor, Tensor | None]:
@@ -138,28 +139,32 @@ def repeated(k: Tensor, v: Tensor | None, times: int, **options: Any) -> Attend:
         updates, pending = ONCE.on(backend, (*call.inputs, pending), call.options)
         return updates, None
 
-    requested = options.pop("backend", None)
     return attend
+
+
+def _defers(backend: str, call: Call) -> bool:
+    """Whether the calls leave dk and dv to one pass."""
+    k, v = call.inputs[1:3]
+    joint = call.options[3]
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (k, v))
+    return backend != "reference" and needed and not joint and pays(backend, call)
 
 
 # Beyond it the CPU computes every A anew for longer than it adds up gradients.
 MOST_SLOTS_ON_CPU = 16
 
 
-def _defers(backend: str, call: Call) -> bool:
-    """Whether the calls leave dk and dv to one pass.
+def pays(backend: str, call: Call) -> bool:
+    """Whether one pass for dk and dv is faster than one for each call.
 
-    It costs 21 products of K rows for 15, of three calls, and saves most of the memory's traffic. On two cores of an
-    AMD EPYC with AVX-512, three calls, backward: where k and v are two tensors, 0.87 to 0.95 of the time at K = 7 and
-    10 and 1.18 at 24; where v is k, 1.0 to 1.3. A GPU has products to spare in its matrix units, which multiply
-    anything but exact float32; no GPU has measured it yet.
+    Of three calls it makes 21 products of K rows out of 15, and saves most of the memory's traffic. Backward, on two
+    cores of an AMD EPYC with AVX-512: where k and v are two tensors, 0.87 to 0.95 of the time at K = 7 and 10, and 1.18
+    at 24; where v is k, 1.0 to 1.3. A GPU has products to spare in its matrix units, which multiply anything but exact
+    float32; none has measured it yet.
     """
     _, k, v, *_ = call.inputs
     assert k is not None
-    joint = call.options[3]
-    needed = torch.is_grad_enabled() and (k.requires_grad or (v is not None and v.requires_grad))
-    if backend == "reference" or not needed or joint:
-        return False
     if backend == "cpp":
-        return v is not None and call.x.shape[-2] <= MOST_SLOTS_ON_CPU
+        # A compiled graph does not ask for sizes: it would be one for each answer.
+        return v is not None and (torch.compiler.is_compiling() or call.x.shape[-2] <= MOST_SLOTS_ON_CPU)
     return k.dtype != torch.float32 or backends.allows_tf32()

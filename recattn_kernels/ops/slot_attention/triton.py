@@ -1,4 +1,7 @@
-"""slot_attention in Triton: configurations, launches, what is compiled ahead of time. Kernels: triton_kernels.py."""
+"""slot_attention in Triton: configurations, launches, what is compiled ahead of time. Kernels: triton_kernels.py.
+
+What leaves dk and dv of several calls to one pass: triton_inputs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,28 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from recattn_kernels import backends
 from recattn_kernels.ops.slot_attention.contract import empty_forward, sizes_of
 from recattn_kernels.ops.slot_attention.reference import scale_of
+from recattn_kernels.ops.slot_attention.triton_arguments import (
+    INTERPRETER_BLOCK,
+    REGISTERS,
+    TYPES,
+    Tile,
+    common,
+    is_narrow,
+)
+from recattn_kernels.ops.slot_attention.triton_inputs import inputs_backward as inputs_backward
+from recattn_kernels.ops.slot_attention.triton_inputs import inputs_launches
+from recattn_kernels.ops.slot_attention.triton_inputs_kernels import inputs_backward_kernel
 from recattn_kernels.ops.slot_attention.triton_kernels import (
     backward_kernel,
     finish_forward_kernel,
     forward_kernel,
     sum_parts_kernel,
 )
-from recattn_kernels.strides import contiguous, contiguous_rows
+from recattn_kernels.strides import contiguous
 from recattn_kernels.triton_launch import (
     Launch,
     Machine,
@@ -30,20 +42,12 @@ from recattn_kernels.triton_launch import (
     machine,
 )
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-REGISTERS = 255
-INTERPRETER_BLOCK = 32  # so small that the tests' samples are several blocks
-
 
 class Plan(NamedTuple):
     group: int  # heads of one softmax
     samples: int
-    rows: int  # of a tile: the sample's slots, padded
-    block_n: int
-    block_d: int
-    chunks: int
     parts: int
-    num_warps: int
+    tile: Tile
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backward: bool) -> Plan:
@@ -54,7 +58,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
     # What the registers hold, as tests/test_aot.py finds it. Exact products in float32 need many times those of matrix
     # units, and those in TF32, which float16's are, twice the shared memory of bfloat16's, and on AMD more registers.
     half_backward = backward and k.dtype == torch.float16
-    if _is_narrow(q, k, v) and not (half_backward and on.lanes == 64):
+    if is_narrow(q, k, v) and not (half_backward and on.lanes == 64):
         fewest = 32 if half_backward else 64
         block_d = min(widest, 256, (4096 if rows >= fewest else 8192) // rows)
         block_n = min(8192 // block_d, 32 if backward else 128, (512 if backward else 2048) // rows)
@@ -76,47 +80,21 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
         parts = max(1, min(wanted, blocks))
     if on.interpreted:
         parts = min(2, max(1, blocks))
-    return Plan(group, samples, rows, block_n, block_d, chunks, parts, num_warps)
+    return Plan(group, samples, parts, Tile(rows, block_n, block_d, chunks, num_warps))
 
 
-def _is_narrow(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
-    """Whether all that is multiplied has the same 16 bits."""
-    return q.dtype == k.dtype != torch.float32 and (v is None or v.dtype == k.dtype)
-
-
-def common(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
+def arguments_of(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on: Machine) -> dict[str, Any]:
     """The arguments that both directions take."""
     q, k, v, bias, slot_mask, input_mask = inputs
     scale, eps, denominator, _, _ = options
-    _, H, K, N, D, Dv = sizes_of(q, k, v)
-    # A is 1e-8 where float16 ends at 6e-8: beside it, the other products are in TF32, which holds all of float16.
-    narrow = _is_narrow(q, k, v)
-    kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
-    half = narrow and k.dtype == torch.float16
-    score = k.dtype if narrow else torch.float32
-    tf32 = half or (k.dtype == torch.float32 and backends.allows_tf32())
-    precision = ("interpreted_" if on.interpreted else "") + ("tf32" if tf32 else "ieee")
-    arguments = {
-        "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "slot_mask_ptr": _bytes(slot_mask),
-        "input_mask_ptr": _bytes(input_mask), "scale": scale_of(q, scale), "eps": eps, "H": H, "K": K, "N": N, "D": D,
-        "E": Dv, "P": chosen.parts, "DENOMINATOR": denominator, "GROUP": chosen.group, "CHUNKS": chosen.chunks,
-        "ROWS": chosen.rows, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d, "SCORE_TYPE": TYPES[score],
-        "TYPE": TYPES[kind], "PRECISION": precision,
+    own = {
+        "q_ptr": q.contiguous(), "bias_ptr": contiguous(bias), "scale": scale_of(q, scale), "P": chosen.parts,
+        "GROUP": chosen.group,
     }  # fmt: skip
-    arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
-    distances = [arguments[f"{name}_stride_{of}"] for name in "kv" for of in "bhn"]
-    return arguments | {"ALIGNED": all(size % 16 == 0 for size in (D, Dv, *distances))}
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
-    if x is None:
-        return {f"{name}_ptr": None, f"{name}_stride_b": 0, f"{name}_stride_h": 0, f"{name}_stride_n": 0}
-    strides = {"b": x.stride(0), "h": x.stride(1) if x.dim() == 4 else 0, "n": x.stride(-2)}
-    return {f"{name}_ptr": x} | {f"{name}_stride_{of}": stride for of, stride in strides.items()}
+    narrow = is_narrow(q, k, v)
+    return own | common(
+        sizes_of(q, k, v), k, v, slot_mask, input_mask, eps, denominator, narrow, chosen.tile, on
+    )  # fmt: skip
 
 
 def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine) -> tuple[Launch, Launch]:
@@ -126,18 +104,18 @@ def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine
     Dv, rows = updates.shape[-1], chosen.group * q.shape[-2]
     sums = q.new_empty((chosen.samples, chosen.parts, rows, Dv), dtype=torch.float32)
     sums_den = q.new_empty(sums.shape[:-1], dtype=torch.float32)
-    attend = common(args[:6], args[6:], chosen, on) | {
+    attend = arguments_of(args[:6], args[6:], chosen, on) | {
         "attn_ptr": attn if attn.dim() > 1 else None, "sums_ptr": sums, "den_ptr": sums_den,
     }  # fmt: skip
     finish = {
         "sums_ptr": sums, "sums_den_ptr": sums_den, "updates_ptr": updates,
         "mean_ptr": None if updates.dtype == den.dtype else mean, "den_ptr": den, "eps": args[7], "R": rows, "E": Dv,
-        "P": chosen.parts, "DENOMINATOR": args[8], "BLOCK_D": chosen.block_d,
+        "P": chosen.parts, "DENOMINATOR": args[8], "BLOCK_D": chosen.tile.block_d,
     }  # fmt: skip
-    grid = (chosen.samples, chosen.parts, chosen.chunks)
+    grid = (chosen.samples, chosen.parts, chosen.tile.chunks)
     return (
-        Launch(forward_kernel, grid, attend, chosen.num_warps, REGISTERS, num_stages=2),
-        Launch(finish_forward_kernel, (den.numel(), chosen.chunks), finish, 1, 64),
+        Launch(forward_kernel, grid, attend, chosen.tile.num_warps, REGISTERS, num_stages=2),
+        Launch(finish_forward_kernel, (den.numel(), chosen.tile.chunks), finish, 1, 64),
     )
 
 
@@ -158,13 +136,13 @@ def backward_launches(
         "du_ptr": contiguous(grads[0]), "dattn_ptr": contiguous(grads[1]), "dk_ptr": dk, "dv_ptr": dv,
         "sums_ptr": sums, "sums_bias_ptr": sums_bias,
     }  # fmt: skip
-    grid = (chosen.samples, chosen.parts, chosen.chunks)
-    arguments = common(inputs, options, chosen, on) | own
-    launches = [Launch(backward_kernel, grid, arguments, chosen.num_warps, REGISTERS, num_stages=1)]
+    grid = (chosen.samples, chosen.parts, chosen.tile.chunks)
+    arguments = arguments_of(inputs, options, chosen, on) | own
+    launches = [Launch(backward_kernel, grid, arguments, chosen.tile.num_warps, REGISTERS, num_stages=1)]
     for out, of_parts, scale in ((dq, sums, arguments["scale"]), (dbias, sums_bias, 1.0)):
         if out is not None:
             width = q.shape[-1] if out is dq else 1
-            block = chosen.block_d if out is dq else 1
+            block = chosen.tile.block_d if out is dq else 1
             last = {
                 "sums_ptr": of_parts, "out_ptr": out, "scale": scale, "R": rows, "D": width, "P": chosen.parts,
                 "BLOCK_D": block,
@@ -208,7 +186,8 @@ def backward(
 def example(
     on: Machine, dtype: torch.dtype, K: int, D: int, full: bool, B: int = 3, N: int = 1000
 ) -> tuple[Launch, ...]:
-    """What a call on the meta device launches; full: with every option, else with v=None and none."""
+    """What a call on the meta device launches, and several in a backward of their own; full: with every option, else
+    with v=None and none."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -225,7 +204,12 @@ def example(
     backward = backward_launches(
         (updates, attn if full else None), (updates, mean, den), inputs, options, grads, on
     )  # fmt: skip
-    return *forward_launches((*inputs, *options), results, on), *backward
+    alone = backward_launches(
+        (updates, None), (updates, mean, den), inputs, options, (grads[0], None, None, bias), on
+    )  # fmt: skip
+    calls = empty(3, *q.shape[:-1], 3 * D + 2, dtype=torch.float32)
+    shared = inputs_launches(calls, k, v, masks[0], masks[1], 0.1, 1e-8, False, grads[1:3], on)
+    return *forward_launches((*inputs, *options), results, on), *backward, *alone, *shared
 
 
 def aot_variants(lanes: int, full: bool) -> Variants:
@@ -236,10 +220,19 @@ def aot_variants(lanes: int, full: bool) -> Variants:
     more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 16}))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
-        name = "-".join(filter(None, words))
-        for launch in example(Machine(lanes, 132, 2**16), dtype, K, D, options):
-            if i == 0 or launch.kernel in (forward_kernel, backward_kernel):  # the sums are the same for all
-                yield Variant(f"{launch.kernel.fn.__name__}-{name}", launch, shared=2**16)
+        name, seen = "-".join(filter(None, words)), set()
+        for shared in (2**16, 2**17) if full and lanes == 32 else (2**16,):  # every GPU's, and NVIDIA's for servers
+            for launch in example(Machine(lanes, 132, shared), dtype, K, D, options):
+                kernel = launch.kernel.fn.__name__
+                if launch.kernel is inputs_backward_kernel:
+                    kernel += f"-{launch.args['BLOCK_D']}"
+                elif launch.kernel is backward_kernel and launch.args["dk_ptr"] is None:
+                    kernel += "-queries"
+                # Of the others one is as good as another.
+                many = launch.kernel in (forward_kernel, backward_kernel, inputs_backward_kernel)
+                if kernel not in seen and (i == 0 or (many and (full or "queries" not in kernel))):
+                    seen.add(kernel)
+                    yield Variant(f"{kernel}-{name}", launch, shared=shared)
 
 
 def aot_same(lanes: int) -> SameCompilation:

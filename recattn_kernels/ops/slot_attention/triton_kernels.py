@@ -96,6 +96,18 @@ def sample_rows(slot_mask_ptr, sample, H, K, GROUP: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+def competition(scores, scale, bias, valid, keep, SLOTS: tl.constexpr):
+    """A of a block, whose slots lie along dimension SLOTS."""
+    slots, inputs = tl.expand_dims(valid, 1 - SLOTS), tl.expand_dims(keep, SLOTS)
+    scores = tl.where(slots, scores * scale + tl.expand_dims(bias, 1 - SLOTS), -float("inf"))
+    most = tl.max(scores, SLOTS)
+    most = tl.where(tl.sum(valid.to(tl.int32), 0) > 0, most, 0.0)  # a sample without slots
+    e = tl.exp(scores - tl.expand_dims(most, SLOTS))
+    attn = e / tl.expand_dims(tl.sum(e, SLOTS), SLOTS)
+    return tl.where(slots & inputs, attn, 0.0)
+
+
+@triton.jit
 def attention(
     q, q_ptr, k_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D,
     GROUP: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr,
@@ -112,12 +124,7 @@ def attention(
                 keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, c, BLOCK_D)
                 queries = load_rows(q_ptr, row, D, valid, D, c, BLOCK_D)
                 scores = product_of_head(queries, tl.trans(keys), scores, head, h, GROUP, TYPE, PRECISION)
-    scores = tl.where(valid[:, None], scores * scale + bias[:, None], -float("inf"))
-    most = tl.max(scores, 0)
-    most = tl.where(tl.sum(valid.to(tl.int32), 0) > 0, most, 0.0)  # a sample without slots
-    e = tl.exp(scores - most[None, :])
-    attn = e / tl.sum(e, 0)[None, :]
-    return tl.where(valid[:, None] & keep[None, :], attn, 0.0), first
+    return competition(scores, scale, bias, valid, keep, 0), first
 
 
 @partial(kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "sums_ptr"))
@@ -202,10 +209,10 @@ def finish_forward_kernel(
 
 @triton.jit
 def flow(
-    du_ptr, den, row, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
+    du_ptr, den, row, stride, valid, E, c, BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """g = dupdates / den of a chunk, rounded as the products round it: then g . v - g . updates loses nothing."""
-    du = load_rows(du_ptr, row, E, valid, E, c, BLOCK_D).to(tl.float32)
+    du = load_rows(du_ptr, row, stride, valid, E, c, BLOCK_D).to(tl.float32)
     g = tl.where((den == 0.0)[:, None], 0.0, du / tl.where(den == 0.0, 1.0, den)[:, None])
     return rounded(g, TYPE, PRECISION)
 
@@ -246,10 +253,10 @@ def backward_kernel(
         den = tl.load(den_ptr + row, mask=valid, other=0.0)
         delta = tl.zeros((ROWS,), tl.float32)
         for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
-            g = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
+            g = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
             updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
             delta += tl.sum(g.to(tl.float32) * updates, 1)
-        own_g = flow(du_ptr, den, row, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
+        own_g = flow(du_ptr, den, row, E, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
     total, bias_total = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS,), tl.float32)
     blocks = tl.cdiv(N, BLOCK_N)
     for block in range(blocks * part // P, blocks * (part + 1) // P):
@@ -271,7 +278,7 @@ def backward_kernel(
                     elif GROUP * CHUNKS > 1:
                         values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
                     if CHUNKS > 1:
-                        g_c = flow(du_ptr, den, row, valid, E, c, BLOCK_D, TYPE, PRECISION)
+                        g_c = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
                     grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
             grad -= delta[:, None]
         if dattn_ptr is not None:
