@@ -259,7 +259,7 @@ class SlotAttention(nn.Module):
         if slots is not None:
             checks.tensor(NAME, "slots", slots)
             checks.rank(NAME, "slots", slots, "(B, K, dim)")
-            K = slots.shape[1] if num_slots is None else num_slots
+            K: int = slots.shape[1] if num_slots is None else num_slots
             checks.shape(NAME, "slots", slots, "(B, K, dim)", (B, K, self.dim))
             checks.device(NAME, "slots", slots, "inputs", inputs)
             checks.dtype(NAME, "slots", slots, dtypes)
