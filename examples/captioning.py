@@ -45,7 +45,7 @@ import torch
 import typer
 from captioning_model import GRID, Baseline, Caption, Captioner, Options, beam_search, loss_of
 from captioning_scenes import SIZE, WORDS, Scene, decode, draw_scenes, encode, images
-from checkpoints import check_resumed, save
+from checkpoints import check_left, check_resumed, load, save
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -110,7 +110,8 @@ def train(
         torch.set_rng_state(checkpoint["random_state"])
         baseline = Baseline(*checkpoint["baseline"])
         step, earlier, curve = checkpoint["step"], checkpoint["elapsed"], checkpoint["curve"]
-    started = time.perf_counter() - earlier
+        check_left(step, options.steps, "--steps")
+    started = time.perf_counter()
     losses: list[float] = []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -119,11 +120,11 @@ def train(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{options.attention} attention", total=options.steps, completed=step, loss=math.nan)
         while True:
-            # Of the steps or of the time, whichever ends first: so that the rate comes down in either.
+            # Of the steps or of this run's time, whichever ends first: so that the rate comes down in either.
             done = max(step / options.steps, (time.perf_counter() - started) / (60 * options.minutes))
             if losses and (done >= 1 or step % options.evaluate_every == 0):
                 measured = measure(write(network, validation, 1), validation)
-                elapsed = time.perf_counter() - started
+                elapsed = earlier + time.perf_counter() - started
                 curve.append({"step": step, "minutes": elapsed / 60, "loss": sum(losses) / len(losses), **measured})
                 losses.clear()
                 checkpoint = {
@@ -155,7 +156,7 @@ def train(
     return network, {
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": step,
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (earlier + time.perf_counter() - started) / 60,
         "curve": curve,
     }
 
@@ -199,7 +200,7 @@ def main(
     width: Annotated[int, typer.Option(min=1, help="Of the attention.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="2000 by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.001, help="Ends the training, if steps do not.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.001, help="Ends this run, if steps do not.")] = None,
     lr: Annotated[float, typer.Option(help="Adam's, at the start.")] = 3e-3,
     penalty: Annotated[float, typer.Option(min=0, help="Of doubly stochastic attention.")] = 1.0,
     entropy: Annotated[float, typer.Option(min=0, help="What hard attention gains by staying undecided.")] = 0.002,
@@ -225,9 +226,9 @@ def main(
     checkpoint = None
     if resume:
         check_resumed(context, {"steps", "minutes", "beam", "test", "shown"})
-        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        checkpoint = load(out / "last.pt")
         options = Options(**checkpoint["options"])
-        options = replace(options, steps=steps or options.steps, minutes=minutes or options.minutes)
+        options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
 
     out.mkdir(parents=True, exist_ok=True)
     network, result = train(options, checkpoint, out, console)

@@ -32,7 +32,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from checkpoints import check_resumed, save
+from checkpoints import check_left, check_resumed, load, save
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -200,7 +200,8 @@ def train(
         generator.set_state(checkpoint["random_state"])
         curve, step, reach = checkpoint["curve"], checkpoint["step"], checkpoint["reach"]
         recent, earlier = checkpoint["recent"], checkpoint["elapsed"]
-    started = time.perf_counter() - earlier
+        check_left(step, options.steps, "--steps")
+    started = time.perf_counter()
     rewards: list[float] = []
 
     columns = (
@@ -210,10 +211,10 @@ def train(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("Catch", total=options.steps, completed=step, caught=math.nan)
         while True:
-            # Of the steps or of the time, whichever ends first: so that the rate comes down to 0 in either.
+            # Of the steps or of this run's time, whichever ends first: so that the rate comes down to 0 in either.
             done = max(step / options.steps, (time.perf_counter() - started) / (60 * options.minutes))
             if rewards and (done >= 1 or step % evaluate_every == 0):
-                elapsed = time.perf_counter() - started
+                elapsed = earlier + time.perf_counter() - started
                 point = {
                     "step": step, "minutes": elapsed / 60, "reach": reach, "trained": sum(rewards) / len(rewards),
                     "caught": catch_rate(agent),
@@ -255,7 +256,7 @@ def train(
         "parameters": sum(p.numel() for p in agent.parameters()),
         "steps": step,
         "games": step * options.games,
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (earlier + time.perf_counter() - started) / 60,
         "caught": curve[-1]["caught"],
         "curve": curve,
     }
@@ -320,7 +321,7 @@ def main(
     context: typer.Context,
     games: Annotated[int, typer.Option(min=1, help="Played side by side, for one step of Adam.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="3500 by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends the training, if steps do not.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends this run, if steps do not.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Of the LSTM and of a glimpse's vector.")] = 256,
     std: Annotated[float, typer.Option(help="Of the locations, in units of half the screen.")] = 0.15,
     lr: Annotated[float, typer.Option(help="Adam's, at the start.")] = 1e-3,
@@ -343,9 +344,9 @@ def main(
     checkpoint = None
     if resume:
         check_resumed(context, {"steps", "minutes", "evaluate_every", "film_games"})
-        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        checkpoint = load(out / "last.pt")
         options = Options(**checkpoint["options"])
-        options = replace(options, steps=steps or options.steps, minutes=minutes or options.minutes)
+        options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
     out.mkdir(parents=True, exist_ok=True)
     agent, result = train(options, evaluate_every, checkpoint, out / "last.pt", console)
     film(agent, film_games, out)

@@ -48,7 +48,7 @@ from char_lm_model import (
     sample,
 )
 from char_lm_text import Text, count_baselines, encode, read_text, streams
-from checkpoints import check_resumed, save
+from checkpoints import check_left, check_resumed, load, save
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -105,7 +105,8 @@ def train(
         state, curve = checkpoint["state"], checkpoint["curve"]
         step, seconds, earlier = checkpoint["step"], checkpoint["seconds"], checkpoint["elapsed"]
         torch.set_rng_state(checkpoint["random_state"])
-    started = time.perf_counter() - earlier
+        check_left(step, total, "--epochs")
+    started = time.perf_counter()
     losses: list[float] = []
     diverged = False
 
@@ -116,11 +117,11 @@ def train(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(RECIPES[options.model].title, total=total, completed=step, bits=math.nan)
         while not diverged:
-            # Of the steps or of the time, whichever ends first: so that the rate comes down to 0 in either.
+            # Of the steps or of this run's time, whichever ends first: so that the rate comes down to 0 in either.
             done = max(step / total, (time.perf_counter() - started) / (60 * options.minutes))
             if losses and (done >= 1 or step % evaluate_every == 0):
                 bits = evaluate(network, settling, validation)
-                elapsed = time.perf_counter() - started
+                elapsed = earlier + time.perf_counter() - started
                 point = {
                     "epoch": step / per_epoch, "step": step, "minutes": elapsed / 60,
                     "train_bits": sum(losses) / len(losses), "validation_bits": bits,
@@ -168,7 +169,7 @@ def train(
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": step,
         "diverged": diverged,
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (earlier + time.perf_counter() - started) / 60,
         "characters_per_second": characters / seconds,
         "curve": curve,
     }
@@ -231,7 +232,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of a chunk, through which gradients flow.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Parallel streams.")] = 50,
     epochs: Annotated[int | None, typer.Option(min=1, help="10 by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends the training, if epochs do not.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends this run, if epochs do not.")] = None,
     lr: Annotated[float | None, typer.Option(help="Adam's, at the start; by default what suits the model.")] = None,
     clip: Annotated[float, typer.Option(help="The largest norm of all gradients together.")] = 1.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Between layers.")] = 0.0,
@@ -269,9 +270,9 @@ def main(
     checkpoint = None
     if resume:
         check_resumed(context, {"epochs", "minutes", "characters", "temperature", "prime"})
-        checkpoint = torch.load(out / "last.pt", weights_only=True)
+        checkpoint = load(out / "last.pt")
         options = Options(**checkpoint["options"])
-        options = replace(options, epochs=epochs or options.epochs, minutes=minutes or options.minutes)
+        options = replace(options, epochs=epochs or options.epochs, minutes=minutes or math.inf)
     data = read_text(options.text)
     if checkpoint is not None and checkpoint["digest"] != data.digest:
         raise typer.BadParameter("--resume: the text is not the one that the checkpoint was trained on")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from checkpoints import check_resumed, save
+from checkpoints import check_left, check_resumed, load, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from slot_scenes import KINDS, Scenes
@@ -67,7 +67,7 @@ PaperArgument = Annotated[bool, typer.Option("--paper", help="The paper's networ
 DimArgument = Annotated[int, typer.Option(min=1, help="Of a slot.")]
 BatchArgument = Annotated[int | None, typer.Option(min=1)]
 StepsArgument = Annotated[int | None, typer.Option(min=1)]
-MinutesArgument = Annotated[float, typer.Option(min=0.001, help="Ends the training, if steps do not.")]
+MinutesArgument = Annotated[float, typer.Option(min=0.001, help="Ends this run, if steps do not.")]
 RateArgument = Annotated[float | None, typer.Option(help="Adam's, once it is warm.")]
 EveryArgument = Annotated[int, typer.Option(min=1, help="Steps.")]
 SeedArgument = Annotated[int, typer.Option(min=0, help="Of initialisation, noise and scenes.")]
@@ -88,11 +88,10 @@ def resumed(
 ) -> tuple[AnySettings, Checkpoint]:
     """The checkpoint in out, and its options: no other may be asked for, but for the number of steps."""
     check_resumed(context, {"steps", "backend", *Run.__annotations__})
-    checkpoint: Checkpoint = torch.load(out / "last.pt", weights_only=True)
+    checkpoint = load(out / "last.pt")
     options = type(options)(**checkpoint["options"])
     options = replace(options, steps=steps or options.steps)
-    if checkpoint["step"] >= options.steps:
-        raise typer.BadParameter(f"--resume: all {options.steps} steps have been taken: give it more with --steps")
+    check_left(checkpoint["step"], options.steps, "--steps")
     return options, checkpoint
 
 
@@ -178,14 +177,14 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), options.lr)
     generator = torch.Generator(run.device).manual_seed(options.seed)
     curve: list[Point] = []
-    step, elapsed, cpu = 0, 0.0, 0.0
+    step, earlier, cpu = 0, 0.0, 0.0  # minutes and seconds of processors in earlier runs
     if checkpoint is not None:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["random_state"])
         step, curve = checkpoint["step"], checkpoint["curve"]
-        elapsed, cpu = 60 * curve[-1]["minutes"], curve[-1]["cpu_seconds"]
-    started, cpu_started = time.perf_counter() - elapsed, time.process_time() - cpu
+        earlier, cpu = curve[-1]["minutes"], curve[-1]["cpu_seconds"]
+    started, cpu_started = time.perf_counter(), time.process_time() - cpu
     losses: list[float] = []
 
     columns = (
@@ -215,7 +214,7 @@ def train(
                 measured = evaluate()
             network.train()
             point = {
-                "step": step, "minutes": (time.perf_counter() - started) / 60,
+                "step": step, "minutes": earlier + (time.perf_counter() - started) / 60,
                 "cpu_seconds": time.process_time() - cpu_started, "train_loss": sum(losses) / len(losses), **measured,
             }  # fmt: skip
             losses.clear()

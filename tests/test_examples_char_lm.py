@@ -101,6 +101,28 @@ def test_char_lm_resumes_exactly(model: str, tmp_path: Path, monkeypatch: pytest
         torch.testing.assert_close(second[key], first[key], rtol=0, atol=0)
 
 
+def test_char_lm_limits_the_time_of_a_run(tmp_path: Path) -> None:
+    for package in CHAR_LM_PACKAGES:
+        pytest.importorskip(package)
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(load_example("char_lm.py").main)
+    (tmp_path / "rhyme").write_text(20 * RHYME)
+    resume = ["--resume", "--sample", "0", "--out", str(tmp_path / "out")]
+    sizes = ["--hidden", "8", "--batch", "8", "--epochs", "100000", "--evaluate-every", "1000000"]
+    taken = [0]
+    for args in ["--text", str(tmp_path / "rhyme"), *sizes, *resume[1:]], resume:
+        result = CliRunner().invoke(app, [*args, "--minutes", "0.01"])
+        assert result.exit_code == 0, result.output
+        written = json.loads((tmp_path / "out" / "curve.json").read_text())
+        assert written["steps"] > taken[-1] and written["minutes"] >= 0.01 * len(taken)
+        taken.append(written["steps"])
+    result = CliRunner().invoke(app, [*resume, "--epochs", "1"])
+    assert result.exit_code == 2 and "have been taken" in result.output
+
+
 def test_char_lm_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in CHAR_LM_PACKAGES:
         pytest.importorskip(package)
