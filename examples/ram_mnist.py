@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from checkpoints import check_resumed, save
+from checkpoints import check_left, check_resumed, load, save
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ram_mnist_images import CLASSES, TASKS, TEST_DIGITS, Digits, Task, make_images, read_digits
@@ -75,6 +75,33 @@ class OptimizerName(str, Enum):
     adam = "adam"
 
 
+class Core(str, Enum):
+    rnn = "rnn"
+    lstm = "lstm"
+
+
+def steps_of(options: Options, digits: Digits) -> int:
+    return options.epochs * math.ceil(len(digits.labels) / options.batch)
+
+
+def resumed(
+    options: list[Options], epochs: int | None, minutes: float, digits: Digits, out: Path
+) -> tuple[list[Options], list[dict[str, Any] | None]]:
+    """For each model its checkpoint in out and the options there, but for how long it is to be trained.
+
+    Of several models those that have been trained to the end are as they are; if all have, nothing is left to do.
+    """
+    checkpoints = [load(out / f"{one.model}.pt") for one in options]
+    chosen = [Options(**checkpoint["options"]) for checkpoint in checkpoints]
+    chosen = [replace(one, epochs=epochs or one.epochs, minutes=minutes) for one in chosen]
+    if len({one.task for one in chosen}) > 1:
+        raise typer.BadParameter(f"--resume: the models in {out} were trained on different tasks: name one by --model")
+    left = [steps_of(one, digits) - checkpoint["step"] for one, checkpoint in zip(chosen, checkpoints, strict=True)]
+    most = left.index(max(left))
+    check_left(checkpoints[most]["step"], steps_of(chosen[most], digits), "--epochs")
+    return chosen, [*checkpoints]
+
+
 def train(
     options: Options, digits: tuple[Digits, Digits], checkpoint: dict[str, Any] | None, path: Path, progress: Progress
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -88,7 +115,7 @@ def train(
     network = make_network(task, options)
     optimizer = make_optimizer(network, options)
     n = len(train_digits.labels)
-    total = options.epochs * math.ceil(n / options.batch)
+    total = steps_of(options, digits[0])
     curve: list[dict[str, float]] = []
     step, seconds, earlier = 0, 0.0, 0.0  # seconds of training steps; those of everything in earlier runs
     if checkpoint is not None:
@@ -98,10 +125,10 @@ def train(
         seconds, earlier = checkpoint["seconds"], checkpoint["elapsed"]
         torch.set_rng_state(checkpoint["random_state"])
         generator.bit_generator.state = json.loads(checkpoint["numpy_state"])
-    started = time.perf_counter() - earlier
+    started = time.perf_counter()
 
     def fraction_done() -> float:
-        # Of the steps or of the time, whichever ends first: so that the rate comes down to 0 in either.
+        # Of the steps or of this run's time, whichever ends first: so that the rate comes down to 0 in either.
         return max(step / total, (time.perf_counter() - started) / (60 * options.minutes))
 
     bar = progress.add_task(TITLES[options.model], total=total, completed=step, loss=math.nan, test=math.nan)
@@ -132,7 +159,7 @@ def train(
         save(
             {
                 "options": asdict(options), "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-                "curve": curve, "step": step, "seconds": seconds, "elapsed": time.perf_counter() - started,
+                "curve": curve, "step": step, "seconds": seconds, "elapsed": earlier + time.perf_counter() - started,
                 "random_state": torch.get_rng_state(), "numpy_state": json.dumps(generator.bit_generator.state),
             },
             path,
@@ -145,7 +172,7 @@ def train(
         "test_error": curve[-1]["test_error"],
         "paper_error": TASKS[options.task].paper.get(options.model),
         "ms_per_step": 1000 * seconds / step,
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (earlier + time.perf_counter() - started) / 60,
         "curve": curve,
     }
 
@@ -212,14 +239,14 @@ def main(
     model: Annotated[Model, typer.Option(help="Which to train; all: one after the other.")] = Model.ram,
     glimpses: Annotated[int | None, typer.Option(min=1, help="Of an image; the paper's best by default.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Of the core and of a glimpse's vector.")] = 256,
-    core: Annotated[str, typer.Option(help="rnn or lstm.")] = "rnn",
+    core: Annotated[Core, typer.Option(help="The recurrence.")] = Core.rnn,
     std: Annotated[float, typer.Option(help="Of the locations, in units of half the image.")] = 0.1,
     samples: Annotated[int | None, typer.Option(min=1, help="Paths drawn for each image of a batch.")] = None,
     optimizer: Annotated[OptimizerName | None, typer.Option(help="sgd by default.")] = None,
     lr: Annotated[float | None, typer.Option(help="At the start; by default what suits the optimizer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of the 4000 digits.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Ends each model's training, if epochs do not.")] = math.inf,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Ends each model's run, if epochs do not.")] = math.inf,
     seed: Annotated[int, typer.Option(help="Of initialisation, order, images and locations.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Of the glimpses and the core: auto, reference, cpp.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of checkpoints, curves and paths.")] = Path("ram-results"),
@@ -230,15 +257,19 @@ def main(
     console = Console()
     name = optimizer.value if optimizer is not None else "adam" if quick else "sgd"
     options = Options(
-        task=task.value, model=model.value, glimpses=glimpses or TASKS[task.value].glimpses, hidden=hidden, core=core,
-        std=std, samples=samples or (QUICK_SAMPLES if quick else 1), optimizer=name, lr=lr or RATES[name],
-        batch=batch or (QUICK_BATCH if quick else 20), epochs=epochs or (QUICK_EPOCHS if quick else 200),
-        minutes=minutes, seed=seed, backend=backend,
+        task=task.value, model=model.value, glimpses=glimpses or TASKS[task.value].glimpses, hidden=hidden,
+        core=core.value, std=std, samples=samples or (QUICK_SAMPLES if quick else 1), optimizer=name,
+        lr=RATES[name] if lr is None else lr, batch=batch or (QUICK_BATCH if quick else 20),
+        epochs=epochs or (QUICK_EPOCHS if quick else 200), minutes=minutes, seed=seed, backend=backend,
     )  # fmt: skip
     if resume:
         check_resumed(context, {"epochs", "minutes", "model"})
     models = list(TITLES) if model is Model.all else [model.value]
+    chosen = [replace(options, model=one) for one in models]
+    checkpoints: list[dict[str, Any] | None] = [None] * len(models)
     digits = read_digits()
+    if resume:
+        chosen, checkpoints = resumed(chosen, epochs, minutes, digits[0], out)
     columns = (
         TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}  test error {task.fields[test]:.1f} %"),
@@ -247,18 +278,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with Progress(*columns, console=console) as progress:
-        for one in models:
-            path, checkpoint, chosen = out / f"{one}.pt", None, replace(options, model=one)
-            if resume:
-                checkpoint = torch.load(path, weights_only=True)
-                chosen = Options(**checkpoint["options"])
-                chosen = replace(chosen, epochs=epochs or chosen.epochs, minutes=min(minutes, chosen.minutes))
-            network, result = train(chosen, digits, checkpoint, path, progress)
-            results.append({**result, "options": {**asdict(chosen), "minutes": None}})
+        for one, checkpoint in zip(chosen, checkpoints, strict=True):
+            network, result = train(one, digits, checkpoint, out / f"{one.model}.pt", progress)
+            results.append({**result, "options": {**asdict(one), "minutes": None}})
             if isinstance(network, RecurrentAttention):
-                plot_paths(network, TASKS[chosen.task], digits[1], out / "paths.png")
+                plot_paths(network, TASKS[one.task], digits[1], out / "paths.png")
 
-    title = f"MNIST, {TASKS[options.task].title}, {len(digits[0].labels)} digits"
+    title = f"MNIST, {TASKS[chosen[0].task].title}, {len(digits[0].labels)} digits"
     (out / "curve.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(results, title, out / "curve.png")
     report(results, title, console)

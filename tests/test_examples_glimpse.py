@@ -30,6 +30,18 @@ def test_ram_mnist(tmp_path: Path) -> None:
     for picture in ("curve.png", "paths.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(load_example("ram_mnist.py").main)
+    again = ["--resume", "--model", "fc", "--out", str(out)]
+    assert "have been taken" in CliRunner().invoke(app, again).output
+    resumed = CliRunner().invoke(app, [*again, "--epochs", "2", "--minutes", "1"])
+    assert resumed.exit_code == 0 and "60x60 cluttered" in resumed.output  # the task is the checkpoint's
+    (result,) = json.loads((out / "curve.json").read_text())
+    assert [point["step"] for point in result["curve"]] == [4, 8]
+
 
 def test_ram_mnist_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in (*PACKAGES, "mlxtend"):
