@@ -21,7 +21,6 @@ up T numbers, and Adam divides by those gradients for a thousand steps. Over the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from enum import Enum
@@ -31,6 +30,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from commands import command, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -177,6 +177,7 @@ def report(results: list[dict[str, Any]], length: int, console: Console) -> None
     console.print(table)
 
 
+@command
 def main(
     model: Annotated[Model | None, typer.Option(help="Which to train; all: IndRNN, then the others.")] = None,
     length: Annotated[int | None, typer.Option("--length", "-T", min=2, help="T, 1000 by default.")] = None,
@@ -186,8 +187,10 @@ def main(
     layers: Annotated[int, typer.Option(min=1, help="Of the IndRNN; the others have one.")] = 2,
     lr: Annotated[float | None, typer.Option(help="Adam's; by default what suits the model.")] = None,
     decay: Annotated[float, typer.Option(min=0, max=1, help="The share of the steps over which lr falls to 0.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of initialisation and data.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of the IndRNN: auto, reference, cpp.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and data.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the IndRNN: auto, reference, cpp.", callback=known_backend)
+    ] = None,
     stop_at: Annotated[float, typer.Option(help="Ends a training at this test MSE; 0: never.")] = 0.01,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between looks at the test MSE.")] = 50,
     out: Annotated[Path, typer.Option(help="Folder of the curve, as a plot and as JSON.")] = Path("adding-results"),
@@ -201,6 +204,7 @@ def main(
     length = length or (200 if quick else 1000)
     steps = steps or (1000 if quick else 3000)
 
+    make_folder(out)
     console = Console()
     columns = (
         TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(),
@@ -219,9 +223,8 @@ def main(
             if name == "indrnn":
                 steps = int(result["steps"])  # the others get no more
 
-    out.mkdir(parents=True, exist_ok=True)
     settings = {"length": length, "batch": batch, "hidden": hidden, "layers": layers, "decay": decay, "seed": seed}
-    (out / "curve.json").write_text(json.dumps({**settings, "baseline": BASELINE, "results": results}, indent=1) + "\n")
+    write_json(out / "curve.json", {**settings, "baseline": BASELINE, "results": results})
     plot(results, length, out / "curve.png")
     report(results, length, console)
     console.print(f"Learning curve: {out / 'curve.png'}, {out / 'curve.json'}")

@@ -31,7 +31,6 @@ the expected context for half of the pictures.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ import typer
 from captioning_model import GRID, Baseline, Caption, Captioner, Options, beam_search, loss_of
 from captioning_scenes import SIZE, WORDS, Scene, decode, draw_scenes, encode, images
 from checkpoints import check_left, check_resumed, load, save
+from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -146,7 +146,8 @@ def train(
             loss, nll = loss_of(network, *batch_of(step, options), options, baseline)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            if not nn.utils.clip_grad_norm_(network.parameters(), 1.0).isfinite():
+                raise diverged(step)
             optimizer.step()
             losses.append(nll)
             step += 1
@@ -192,6 +193,7 @@ def report(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+@command
 def main(
     context: typer.Context,
     attention: Annotated[Attention, typer.Option(help="Averages positions, or draws one.")] = Attention.soft,
@@ -208,8 +210,10 @@ def main(
     beam: Annotated[int, typer.Option(min=1, help="Captions that the search keeps.")] = 3,
     test: Annotated[int, typer.Option(min=1, help="Pictures of each kind to measure on.")] = 500,
     shown: Annotated[int, typer.Option(min=1, help="Pictures in attention.png.")] = 6,
-    seed: Annotated[int, typer.Option(help="Of scenes, initialisation and what is drawn.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of recattn_kernels: auto, reference, cpp, ...")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of scenes, initialisation and what is drawn.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of recattn_kernels: auto, reference, cpp, ...", callback=known_backend)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and results.")] = Path("captioning-results"),
     resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Half as wide, for two minutes.")] = False,
@@ -217,7 +221,7 @@ def main(
     """Trains a captioner on drawn scenes, writes captions of new ones, and measures them."""
     console = Console(highlight=False)
     if quick:
-        features, hidden, width = features // 2, hidden // 2, width // 2
+        features, hidden, width = max(features // 2, 2), max(hidden // 2, 1), max(width // 2, 1)
     options = Options(
         attention=attention.value, features=features, hidden=hidden, width=width, batch=batch, steps=steps or 2000,
         minutes=minutes or (2.0 if quick else math.inf), lr=lr, penalty=penalty, entropy=entropy,
@@ -230,10 +234,9 @@ def main(
         options = Options(**checkpoint["options"])
         options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     network, result = train(options, checkpoint, out, console)
-    settings = {**asdict(options), "minutes": options.minutes if math.isfinite(options.minutes) else None}
-    result = {"options": settings, "beam": beam, **result}
+    result = {"options": asdict(options), "beam": beam, **result}
     for name, held_out in (("held_out", True), ("seen", False)):
         scenes = draw_scenes((options.seed, TEST, held_out), test, held_out)
         written = write(network, scenes, beam)
@@ -244,7 +247,7 @@ def main(
                 {"written": decode(caption.words), "right": scene.captions}
                 for caption, scene in zip(written[:shown], scenes[:shown], strict=True)
             ]
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out / "result.json", result)
     for example in result["examples"]:
         console.print(("" if example["written"] in example["right"] else "WRONG ") + example["written"])
     report(result, console)

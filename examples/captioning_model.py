@@ -96,7 +96,9 @@ class Captioner(nn.Module):
         context, weights = self.cell.attend(state.h, features, projected=projected)
         log_prob = None
         if self.hard:
-            at = weights.argmax(1) if soft is None else torch.multinomial(weights.detach(), 1).squeeze(1)
+            at = (
+                weights.argmax(1) if soft is None else torch.multinomial(weights.detach().nan_to_num(1.0), 1).squeeze(1)
+            )
             drawn = features[torch.arange(len(at)), at]
             context = drawn if soft is None else torch.where(soft[:, None], context, drawn)
             log_prob = weights.gather(1, at[:, None]).squeeze(1).clamp_min(1e-30).log()

@@ -23,7 +23,6 @@ is measured, and drawn, is the game itself.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from checkpoints import check_left, check_resumed, load, save
+from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -151,7 +151,8 @@ class Agent(nn.Module):
             if generator is None:
                 move = log_p.argmax(1)
             else:
-                move = torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(1)
+                # Of what diverged any move is drawn: its loss tells.
+                move = torch.multinomial(log_p.detach().nan_to_num().exp(), 1, generator=generator).squeeze(1)
             decisions.append(
                 Decision(
                     location, location_log_prob, before, log_p[game.rows, move], self.baseline(h).squeeze(1),
@@ -243,7 +244,8 @@ def train(
             loss = policy_loss(decisions, reward, options, options.entropy * (1 - done))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
+            if not nn.utils.clip_grad_norm_(agent.parameters(), 1.0).isfinite():
+                raise diverged(step)
             optimizer.step()
             step += 1
             rewards.append(reward.mean().item())
@@ -317,19 +319,22 @@ def plot(curve: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@command
 def main(
     context: typer.Context,
     games: Annotated[int, typer.Option(min=1, help="Played side by side, for one step of Adam.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="3500 by default.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Ends this run, if steps do not.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Of the LSTM and of a glimpse's vector.")] = 256,
-    std: Annotated[float, typer.Option(help="Of the locations, in units of half the screen.")] = 0.15,
+    std: Annotated[float, typer.Option(min=1e-6, help="Of the locations, in units of half the screen.")] = 0.15,
     lr: Annotated[float, typer.Option(help="Adam's, at the start.")] = 1e-3,
     discount: Annotated[float, typer.Option("--lambda", min=0, max=1, help="1: plain REINFORCE.")] = 0.95,
     entropy: Annotated[float, typer.Option(help="What a move's entropy is worth, at the start.")] = 0.01,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of initialisation, games and decisions.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of the glimpses and the LSTM: auto, reference, cpp.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, games and decisions.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the glimpses and the LSTM: auto, reference, cpp.", callback=known_backend)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint, the curve and films.")] = Path("catch-results"),
     resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")] = False,
     film_games: Annotated[int, typer.Option("--film", min=1, help="Games in the animation.")] = 4,
@@ -347,12 +352,11 @@ def main(
         checkpoint = load(out / "last.pt")
         options = Options(**checkpoint["options"])
         options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     agent, result = train(options, evaluate_every, checkpoint, out / "last.pt", console)
     film(agent, film_games, out)
     plot(result["curve"], out / "curve.png")
-    settings = {**asdict(options), "minutes": options.minutes if math.isfinite(options.minutes) else None}
-    (out / "curve.json").write_text(json.dumps({"options": settings, **result}, indent=1) + "\n")
+    write_json(out / "curve.json", {"options": asdict(options), **result})
     console.print(
         f"{100 * result['caught']:.1f} % of {TEST_GAMES} games caught after {result['games']:,} games in"
         f" {result['minutes']:.1f} minutes; a paddle that stays: {100 * PADDLE / SIDE:.1f} %"

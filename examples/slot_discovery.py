@@ -37,6 +37,7 @@ import slot_training as shared
 import torch
 import torch.nn.functional as F
 import typer
+from commands import command
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from slot_scenes import KINDS, Scenes
@@ -179,6 +180,7 @@ def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@command
 def main(
     context: typer.Context,
     scenes: shared.ScenesArgument = "tetrominoes",

@@ -27,6 +27,7 @@ import slot_training as shared
 import torch
 import torch.nn.functional as F
 import typer
+from commands import command
 from matplotlib.figure import Figure
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
@@ -132,6 +133,7 @@ def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@command
 def main(
     context: typer.Context,
     scenes: shared.ScenesArgument = "tetrominoes",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from checkpoints import check_left, check_resumed, load, save
+from commands import diverged, known_backend, make_folder, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from slot_scenes import KINDS, Scenes
@@ -62,6 +62,17 @@ def known(scenes: str) -> str:
     return scenes
 
 
+def present(device: str) -> str:
+    """The GPU, if there is one, where no device is asked for."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.Generator(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 ScenesArgument = Annotated[str, typer.Option(help="tetrominoes or sprites.", callback=known)]
 PaperArgument = Annotated[bool, typer.Option("--paper", help="The paper's network and training.")]
 DimArgument = Annotated[int, typer.Option(min=1, help="Of a slot.")]
@@ -71,9 +82,11 @@ MinutesArgument = Annotated[float, typer.Option(min=0.001, help="Ends this run, 
 RateArgument = Annotated[float | None, typer.Option(help="Adam's, once it is warm.")]
 EveryArgument = Annotated[int, typer.Option(min=1, help="Steps.")]
 SeedArgument = Annotated[int, typer.Option(min=0, help="Of initialisation, noise and scenes.")]
-DeviceArgument = Annotated[str, typer.Option(help="cuda where there is a GPU, by default.")]
+DeviceArgument = Annotated[str, typer.Option(help="cuda where there is a GPU, by default.", callback=present)]
 WorkersArgument = Annotated[int, typer.Option(min=0, help="Processes that draw scenes.")]
-BackendArgument = Annotated[str | None, typer.Option(help="Of slot attention: auto, reference, cpp, triton.")]
+BackendArgument = Annotated[
+    str | None, typer.Option(help="Of slot attention: auto, reference, cpp, triton.", callback=known_backend)
+]
 OutArgument = Annotated[Path, typer.Option(help="Folder of checkpoint, curve and pictures.")]
 ResumeArgument = Annotated[bool, typer.Option("--resume", help="Goes on from the checkpoint in --out.")]
 
@@ -96,9 +109,8 @@ def resumed(
 
 
 def run_in(out: Path, minutes: float, device: str, workers: int) -> Run:
-    """Makes the folder of the results, and takes the GPU, if there is one, where no device is asked for."""
-    out.mkdir(parents=True, exist_ok=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Makes the folder of the results."""
+    make_folder(out)
     return Run(out, minutes, device, workers, Console(highlight=False))
 
 
@@ -181,7 +193,10 @@ def train(
     if checkpoint is not None:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["random_state"])
+        if len(checkpoint["random_state"]) == len(generator.get_state()):
+            generator.set_state(checkpoint["random_state"])
+        else:  # of another kind of device: new noise, and not that of the first steps once more
+            generator.manual_seed(options.seed + checkpoint["step"])
         step, curve = checkpoint["step"], checkpoint["curve"]
         earlier, cpu = curve[-1]["minutes"], curve[-1]["cpu_seconds"]
     started, cpu_started = time.perf_counter(), time.process_time() - cpu
@@ -204,7 +219,8 @@ def train(
             losses.append(loss.item())
             step += 1
             progress.update(task, advance=1, loss=losses[-1])
-            assert math.isfinite(losses[-1]), f"the training diverged at step {step}: a smaller --lr may help"
+            if not math.isfinite(losses[-1]):
+                raise diverged(step)
             elapsed = time.perf_counter() - started
             is_last = step == options.steps or elapsed >= 60 * run.minutes
             if not is_last and step % options.evaluate_every != 0:
@@ -233,7 +249,7 @@ def train(
                 break
     parameters = sum(p.numel() for p in network.parameters())
     result = {"options": asdict(options), "parameters": parameters, "curve": curve}
-    (run.out / "curve.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(run.out / "curve.json", result)
     return curve
 
 

@@ -1,0 +1,70 @@
+"""What a user can get wrong in the examples is one line, and of exit code 2: no traceback."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_examples import load_example
+
+PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy", "mlxtend", "sacrebleu")
+EXAMPLES = (
+    "adding_problem", "captioning", "catch", "char_lm", "ram_mnist", "sequential_mnist", "slot_discovery",
+    "slot_set_prediction",
+)  # fmt: skip
+HARD = ("--attention", "hard")
+RESUMABLE = tuple(name for name in EXAMPLES if name not in ("adding_problem", "sequential_mnist"))
+
+
+def refusal(name: str, *args: str) -> str:
+    for package in PACKAGES:
+        pytest.importorskip(package)
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(load_example(f"{name}.py").main)
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "1000"})
+    assert result.exit_code == 2, (result.output, result.exception)
+    return str(result.output)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_refuses(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be a folder" in refusal(name, "--out", str(tmp_path / "file"))
+    assert "cannot be a folder" in refusal(name, "--out", str(tmp_path / "file" / "below"))
+    out = ("--out", str(tmp_path / "out"))
+    assert "nosuch" in refusal(name, *out, "--backend", "nosuch")
+    assert "--seed" in refusal(name, *out, "--seed", "-1")
+    assert not (tmp_path / "out").exists()
+    if name in RESUMABLE:
+        assert "there is no checkpoint" in refusal(name, *out, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("adding_problem", ("-T", "20", "--steps", "1", "--backend", "cuda"), "cannot run this call"),
+        ("char_lm", ("--text", "nosuch.txt"), "nosuch.txt"),
+        ("ram_mnist", ("--core", "nosuch"), "--core"),
+        ("catch", ("--std", "0"), "--std"),
+        ("catch", ("--games", "2", "--hidden", "8", "--lr", "1e30"), "diverged at step"),
+        ("captioning", ("--features", "8", "--hidden", "8", "--width", "8", *HARD, "--lr", "1e30"), "diverged at step"),
+        ("slot_discovery", ("--device", "nosuch"), "nosuch"),
+        ("slot_discovery", ("--device", "cuda:99"), "cuda:99"),
+        ("slot_discovery", ("--batch", "2", "--dim", "8", "--channels", "4", "--lr", "1e30"), "diverged at step"),
+    ],
+)
+def test_refuses_what_one_example_has(name: str, args: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert message in refusal(name, *args, "--out", str(tmp_path / "out"))
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    value: dict[str, Any] = {"a": math.nan, "b": [1.5, math.inf, (2, "c", None)], "d": True}
+    load_example("commands.py").write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.5, None, [2, "c", None]], "d": True}
