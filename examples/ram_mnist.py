@@ -284,18 +284,22 @@ def main(
     )  # fmt: skip
     make_folder(out)
     results: list[dict[str, Any]] = []
+    drawn = False
     with Progress(*columns, console=console) as progress:
         for one, checkpoint in zip(chosen, checkpoints, strict=True):
             network, result = train(one, digits, checkpoint, out / f"{one.model}.pt", progress)
             results.append({**result, "options": asdict(one)})
             if isinstance(network, RecurrentAttention) and math.isfinite(result["test_error"]):
+                drawn = True
                 plot_paths(network, TASKS[one.task], digits[1], out / "paths.png")
 
     title = f"MNIST, {TASKS[chosen[0].task].title}, {len(digits[0].labels)} digits"
     write_json(out / "curve.json", results)
     plot(results, title, out / "curve.png")
     report(results, title, console)
-    console.print(f"Learning curves: {out / 'curve.png'}, {out / 'curve.json'}; glimpse paths: {out / 'paths.png'}")
+    console.print(f"Learning curves: {out / 'curve.png'}, {out / 'curve.json'}")
+    if drawn:
+        console.print(f"Glimpse paths: {out / 'paths.png'}")
 
 
 if __name__ == "__main__":

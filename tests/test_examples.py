@@ -191,6 +191,9 @@ def test_slot_discovery(settings: tuple[str, ...], tmp_path: Path, slot_examples
         run(*size, "--steps", "2")
         run("--resume", "--steps", "4")
         torch.testing.assert_close(torch.load(out / "last.pt", weights_only=True)["network"], whole["network"])
+        other = {**whole, "random_state": torch.zeros(16, dtype=torch.uint8)}  # of a GPU's generator
+        torch.save(other, out / "last.pt")
+        run("--resume", "--steps", "6", "--device", "cpu")
         assert "takes this option" in CliRunner().invoke(app, ["--out", str(out), "--resume", "--dim", "9"]).output
 
 
