@@ -48,7 +48,7 @@ from char_lm_model import (
 )
 from char_lm_text import Text, count_baselines, encode, read_text, streams
 from checkpoints import check_left, check_resumed, load, save
-from commands import command, known_backend, make_folder, write_json
+from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -108,7 +108,7 @@ def train(
         check_left(step, total, "--epochs")
     started = time.perf_counter()
     losses: list[float] = []
-    diverged = False
+    finite = True
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -116,7 +116,7 @@ def train(
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(RECIPES[options.model].title, total=total, completed=step, bits=math.nan)
-        while not diverged:
+        while finite:
             # Of the steps or of this run's time, whichever ends first: so that the rate comes down to 0 in either.
             done = max(step / total, (time.perf_counter() - started) / (60 * options.minutes))
             if losses and (done >= 1 or step % evaluate_every == 0):
@@ -155,7 +155,7 @@ def train(
             optimizer.step()
             network.after_step()
             losses.append(loss.item())
-            diverged = not math.isfinite(losses[-1])
+            finite = math.isfinite(losses[-1])
             step += 1
             seconds += time.perf_counter() - begin
             progress.update(task, advance=1, bits=losses[-1])
@@ -168,7 +168,7 @@ def train(
     return network, {
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": step,
-        "diverged": diverged,
+        "diverged": not finite,
         "minutes": (earlier + time.perf_counter() - started) / 60,
         "characters_per_second": characters / seconds,
         "curve": curve,
