@@ -202,6 +202,14 @@ def test_generated_sections_are_up_to_date(name: str) -> None:
     assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report"
 
 
+def test_report_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside site-packages there is no README.md."""
+    monkeypatch.setattr(sys, "argv", ["report", "nowhere/README.md"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert capsys.readouterr().err.startswith("report: no nowhere/README.md")
+
+
 def test_summary_is_the_geometric_mean_over_workloads() -> None:
     def row(workload: str, pass_: str, impl: str, ms: float | None) -> dict[str, Any]:
         return {"op": "indrnn", "workload": workload, "device": "cpu", "dtype": "float32", "pass": pass_, "impl": impl,

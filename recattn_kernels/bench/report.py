@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*", default=[ROOT / "README.md", RESULTS / "README.md"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of <device>.json files")
     options = parser.parse_args()
+    if missing := [str(file) for file in options.files if not file.is_file()]:
+        parser.exit(2, f"report: no {', '.join(missing)}: give files, or run it in a checkout of the project\n")
     results = load_results(options.results)
     for file in options.files:
         file.write_text(generated(file.read_text(), results))
