@@ -52,13 +52,21 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def require_backend(options: argparse.Namespace) -> None:
+    if options.op is not None and options.backend not in (None, *registry.find(options.op).backends):
+        raise ValueError(f"{options.op} has no backend {options.backend}: nothing to {options.command}")
+
+
 def check(options: argparse.Namespace) -> int:
     """Compares every backend with the reference on this machine; 1 where one fails."""
+    require_backend(options)
     lines, complaints = [], []
     specs = registry.OPS if options.op is None else (registry.find(options.op),)
     devices = [options.device] if options.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with console.Progress(total=len(specs) * len(devices)) as progress:
         for spec in specs:
+            if options.backend not in (None, *spec.backends):
+                lines.append([spec.name, options.backend, "", "", "", "", "left out: the op has no such backend"])
             for device in devices:
                 for backend in [name for name in spec.backends if options.backend in (None, name)]:
                     reason = backends.machine_refusal(backend, device)
@@ -122,6 +130,7 @@ def bench(options: argparse.Namespace) -> int:
     """Times every op beside its peers, each result checked first; 1 where one is wrong."""
     from recattn_kernels.bench import report, runner, sweep, training
 
+    require_backend(options)
     if options.plot is not None:
         import matplotlib  # noqa: F401  (to fail before minutes of work, not after)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,7 +161,7 @@ def bench(options: argparse.Namespace) -> int:
         print("wrote", *charts, *sweep.plot(lines, options.plot, result.environment))
     failed = bool(result.failures)
     if options.op is None and options.workload is None:
-        wrong = training.section(device, options.quick)
+        wrong = training.section(device, options.quick, options.backend)
         if wrong is not None:
             print(f"FAILED {wrong}")
             failed = True

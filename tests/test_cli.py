@@ -161,6 +161,20 @@ def test_device_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "recattn: --device cuda: torch finds no GPU\n"
 
 
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_backend_that_the_op_does_not_have(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--op", "lstm_step", "--backend", "cuda") == 2
+    assert capsys.readouterr().err == f"recattn: lstm_step has no backend cuda: nothing to {command}\n"
+
+
+def test_check_says_which_ops_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "OPS", tuple(map(registry.find, ("lstm_step", "indrnn"))))
+    assert exit_code("check", "--backend", "cuda", "--device", "cpu") == 0
+    assert "left out: the op has no such backend" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_results_that_cannot_be_written(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if option == "--plot":
