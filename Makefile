@@ -13,7 +13,7 @@ GPU_BUILD := RECATTN_BUILD_CUDA=1 timeout $(GPU_LIMIT) python3 setup.py build_ex
 GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test test-csrc lint aot demo gpu gpu-test gpu-check gpu-bench clean
+.PHONY: FORCE help setup bench test test-csrc lint aot demo gpu gpu-test gpu-check gpu-bench clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
@@ -32,8 +32,14 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# Written where it says something else: what depends on it is made again when the settings of the build change, and then
+# only.
+BUILD_SETTINGS = RECATTN_BUILD_CUDA=$${RECATTN_BUILD_CUDA:-0} RECATTN_CUDA_ARCHS=$$RECATTN_CUDA_ARCHS
+$(VENV)/build.settings: FORCE | $(VENV)/requirements.stamp
+	@echo "$(BUILD_SETTINGS)" | cmp -s - $@ || echo "$(BUILD_SETTINGS)" > $@
+
 # The folders are listed too: their dates change when a source is added or removed.
-$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml \
+$(VENV)/build.stamp: $(VENV)/requirements.stamp $(VENV)/build.settings setup.py pyproject.toml \
 		$(filter-out csrc/tests%,$(wildcard csrc csrc/* csrc/*/*))
 	@echo "Building csrc"
 	@RECATTN_BUILD_CUDA=$${RECATTN_BUILD_CUDA:-0} $(BIN)/python setup.py --quiet build_ext --inplace

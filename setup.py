@@ -124,6 +124,25 @@ def gencode_flags() -> list[str]:
     return flags
 
 
+def link_flags() -> list[str]:
+    return shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+def for_nvcc(flags: list[str]) -> list[str]:
+    """LDFLAGS, written for a compiler that links, as nvcc takes them: it refuses -Wl, and knows few of the others."""
+    words, result = iter(flags), list[str]()
+    for word in words:
+        if word.startswith("-Wl,"):
+            result += ["-Xlinker", word.removeprefix("-Wl,")]
+        elif word in ("-L", "-l", "-Xlinker"):
+            result += [word, *(value for value in [next(words, None)] if value)]
+        elif word[:2] in ("-L", "-l") or Path(word).suffix in (".a", ".o", ".so"):
+            result.append(word)
+        else:
+            result += ["-Xcompiler", word.replace(",", r"\,")]
+    return result
+
+
 def included(source: Path, found: tuple[Path, ...] = ()) -> tuple[Path, ...]:
     """A source and what it includes from csrc, at any depth."""
     found += (source,)
@@ -153,11 +172,10 @@ class NinjaFile:
         self.lines.append(f"build {self.objects[-1]}: compile {source}")
         self.lines.append(f"  run = {self.shell(command)}\n  digest = {digest}")
 
-    def link(self, command: list[str]) -> Path:
+    def link(self, command: list[str], flags: list[str]) -> Path:
         output = self.folder / "extension.so"
         self.lines.append(f"build {output}: link {' '.join(self.objects)}")
-        libs = self.shell(shlex.split(os.environ.get("LDFLAGS", "")))
-        self.lines.append(f"  run = {self.shell(command)}\n  libs = {libs}\n")
+        self.lines.append(f"  run = {self.shell(command)}\n  libs = {self.shell(flags)}\n")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -177,7 +195,7 @@ def build_cpu(ninja: NinjaFile) -> Path:
             for isa, flags in ISAS.items():
                 ninja.compile(source, isa, [*command, *flags.split(), f"-DRECATTN_ISA={isa}"])
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    return ninja.link([*compiler, "-shared", *openmp, *undefined])
+    return ninja.link([*compiler, "-shared", *openmp, *undefined], link_flags())
 
 
 def build_cuda(ninja: NinjaFile) -> Path:
@@ -189,7 +207,7 @@ def build_cuda(ninja: NinjaFile) -> Path:
         ninja.compile(source, "cuda", command)
     for source in sorted(Path("csrc/cuda").glob("bindings*.cpp")):
         ninja.compile(source, "cuda", [*command, *includes])
-    return ninja.link([nvcc, *host, *CUDA_LINK_FLAGS.split(), *archs])
+    return ninja.link([nvcc, *host, *CUDA_LINK_FLAGS.split(), *archs], for_nvcc(link_flags()))
 
 
 class build_ext(_build_ext):

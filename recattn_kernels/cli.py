@@ -52,13 +52,21 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def require_backend(options: argparse.Namespace) -> None:
+    if options.op is not None and options.backend not in (None, *registry.find(options.op).backends):
+        raise ValueError(f"{options.op} has no backend {options.backend}: nothing to {options.command}")
+
+
 def check(options: argparse.Namespace) -> int:
     """Compares every backend with the reference on this machine; 1 where one fails."""
+    require_backend(options)
     lines, complaints = [], []
     specs = registry.OPS if options.op is None else (registry.find(options.op),)
     devices = [options.device] if options.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     with console.Progress(total=len(specs) * len(devices)) as progress:
         for spec in specs:
+            if options.backend not in (None, *spec.backends):
+                lines.append([spec.name, options.backend, "", "", "", "", "left out: the op has no such backend"])
             for device in devices:
                 for backend in [name for name in spec.backends if options.backend in (None, name)]:
                     reason = backends.machine_refusal(backend, device)
@@ -122,28 +130,38 @@ def bench(options: argparse.Namespace) -> int:
     """Times every op beside its peers, each result checked first; 1 where one is wrong."""
     from recattn_kernels.bench import report, runner, sweep, training
 
+    require_backend(options)
     if options.plot is not None:
         import matplotlib  # noqa: F401  (to fail before minutes of work, not after)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    env = environment()
+    file = None if options.json is None else report.results_file(options.json, env, device)
+    plots = None if options.plot is None else options.plot / "chart.png"
+    for option, path, given in (("--json", file, options.json), ("--plot", plots, options.plot)):
+        try:
+            if path is not None:
+                report.try_writing(path)
+        except OSError as error:
+            raise ValueError(f"{option}: {given} cannot be written: {error.strerror}") from None
     dtypes = [getattr(torch, name) for name in options.dtype]
     how: dict[str, Any] = {"device": device, "backend": options.backend, "quick": options.quick}
     sweeps = sweep.select(options.op, options.workload, device) if options.plot is not None else []
     if options.workload is not None and sweeps:  # it names a sweep
-        result = runner.Report()
+        result = runner.Report(env)
     else:
-        save = functools.partial(report.write_json, path=options.json) if options.json is not None else lambda _: None
+        save = functools.partial(report.write_json, path=file) if file is not None else lambda _: None
         result = runner.run(op=options.op, workload=options.workload, dtypes=dtypes, after=save, **how)
     lines = [line for dtype in dtypes for line in sweep.run(result, sweeps, dtype=dtype, **how)]
     report.show(result)
     sweep.show(lines)
-    if options.json is not None:
-        print(f"wrote {report.write_json(result, options.json)}")
+    if file is not None:
+        print(report.write_json(result, file))
     if options.plot is not None:
         charts = report.plot(result.rows, options.plot)
         print("wrote", *charts, *sweep.plot(lines, options.plot, result.environment))
     failed = bool(result.failures)
     if options.op is None and options.workload is None:
-        wrong = training.section(device, options.quick)
+        wrong = training.section(device, options.quick, options.backend)
         if wrong is not None:
             print(f"FAILED {wrong}")
             failed = True
@@ -173,7 +191,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dtype", nargs="+", choices=dtypes, default=["float32"], help="one or several, one after the other"
     )
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there; in a folder: <device>.json")
+    results = (
+        "write the results there; into a folder as <device>.json. A folder is one that exists, a path that ends in a"
+        " separator, and a new one without .json. A file's results are replaced, but not by a run without rows"
+    )
+    sub.add_argument("--json", metavar="FILE", help=results)
     plot = "write a bar chart of each workload there; runs the sweeps too, in minutes, and draws time against size"
     sub.add_argument("--plot", type=Path, metavar="DIR", help=plot)
     return top
@@ -181,11 +203,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
-        sys.exit("recattn: --device cuda: torch finds no GPU")
     try:
+        if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU")
         status = options.run(options)
-    except (ModuleNotFoundError, ValueError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        sys.exit(f"recattn: {error}" + ("; pip install recattn_kernels[bench]" if missing else ""))
+    except ModuleNotFoundError as error:
+        sys.exit(f"recattn: {error}; pip install recattn_kernels[bench]")
+    except ValueError as error:  # 2, as argparse has it: 1 means that a result is wrong
+        print(f"recattn: {error}", file=sys.stderr)
+        status = 2
     sys.exit(status)

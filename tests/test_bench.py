@@ -159,6 +159,36 @@ def test_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["median_ms"] for row in result.rows if row["impl"] == "cpp"] == [None, None]
 
 
+@needs_cpp
+@pytest.mark.usefixtures("tiny")
+def test_layers_run_on_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = backends.use_backend.__enter__
+
+    def enter(self: backends.use_backend) -> None:
+        asked.append(self.name)
+        original(self)
+
+    monkeypatch.setattr(backends.use_backend, "__enter__", enter)
+    result = runner.run(device="cpu", quick=True, backend="cpp")
+    assert set(asked) == {"cpp"}
+    assert {"cpp", "layer:IndRNN"} <= {row["impl"] for row in result.rows}
+
+    result = runner.run(device="cpu", quick=True, backend="cuda")
+    assert not result.failures
+    assert {row["impl"] for row in result.rows} == {"reference", "relu", "layer:nn.RNN(relu)", "layer:nn.LSTM"}
+    assert any(note.startswith("indrnn tiny: layer:IndRNN is left out: indrnn: backend") for note in result.notes)
+
+
+def test_backend_that_the_op_does_not_have() -> None:
+    spec = registry.find("lstm_step")
+    args, kwargs = spec.inputs(spec.workloads[0], torch.float32, "cpu", torch.Generator())
+    case = peers.Case(spec, spec.workloads[0], torch.float32, "cpu", args, kwargs, compile=False)
+    impls, refused = peers.build(case, "cuda")
+    assert "cpp" not in {impl.name for impl in impls}
+    assert refused == {"cuda": "the op has no such backend"}
+
+
 @pytest.mark.usefixtures("tiny")
 def test_failing_peer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(x: Tensor, u: Tensor) -> Tensor:

@@ -33,6 +33,14 @@ def test_training_section(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert complaint is not None and "differ" in complaint
 
 
+@needs_cpp
+def test_training_takes_the_backend_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlxtend")
+    assert training.fast_backend("cpu", "cpp") == "cpp"
+    assert training.section("cpu", backend="cuda") is None
+    assert "left out: cuda does not run indrnn here" in capsys.readouterr().out
+
+
 def test_training_stops_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "digits", short_digits)
     monkeypatch.setattr(training, "LSTM_SECONDS", 0.0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recattn_kernels import backends, cli, registry
-from recattn_kernels.bench import console, report
+from recattn_kernels.bench import console, report, runner
 from recattn_kernels.ops.indrnn import cpp
 
 ROOT = Path(__file__).parents[1]
@@ -150,15 +150,64 @@ def test_wrong_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixtu
     assert "usage: recattn" in capsys.readouterr().err
 
 
-def test_unknown_workload() -> None:
-    assert "recattn: workload must be one of adding-5000, ptb-char" in exit_code(
-        "bench", "--workload", "lunch", "--op", "indrnn", "--device", "cpu"
-    )
+def test_unknown_workload(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("bench", "--workload", "lunch", "--op", "indrnn", "--device", "cpu") == 2
+    assert "recattn: workload must be one of adding-5000, ptb-char" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_device_that_is_missing() -> None:
-    assert exit_code("check", "--device", "cuda") == "recattn: --device cuda: torch finds no GPU"
+def test_device_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("check", "--device", "cuda") == 2
+    assert capsys.readouterr().err == "recattn: --device cuda: torch finds no GPU\n"
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_backend_that_the_op_does_not_have(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--op", "lstm_step", "--backend", "cuda") == 2
+    assert capsys.readouterr().err == f"recattn: lstm_step has no backend cuda: nothing to {command}\n"
+
+
+def test_check_says_which_ops_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "OPS", tuple(map(registry.find, ("lstm_step", "indrnn"))))
+    assert exit_code("check", "--backend", "cuda", "--device", "cpu") == 0
+    assert "left out: the op has no such backend" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_results_that_cannot_be_written(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "results"
+    # A workload that does not exist would be complained about too, had the work begun.
+    assert exit_code("bench", "--workload", "lunch", "--device", "cpu", option, str(path)) == 2
+    assert capsys.readouterr().err.startswith(f"recattn: {option}: {path}")
+
+
+def test_where_results_go(tmp_path: Path) -> None:
+    def name(path: str) -> str:
+        file = report.results_file(f"{tmp_path}/{path}", {"cpu": "A CPU", "gpus": []}, "cpu")
+        return file.relative_to(tmp_path).as_posix()
+
+    (tmp_path / "old.json").mkdir()
+    (tmp_path / "file").touch()
+    paths = ("", "old.json", "new/", "new.json/", "new", "new.json", "file", "new/new.json")
+    folder = "a-cpu.json"
+    assert [name(path) for path in paths] == [
+        folder, f"old.json/{folder}", f"new/{folder}", f"new.json/{folder}", f"new/{folder}", "new.json", "file",
+        "new/new.json",
+    ]  # fmt: skip
+
+
+def test_a_run_without_rows_leaves_results(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    row: Any = {"op": "indrnn"}
+    assert report.write_json(runner.Report({}), path) == f"wrote {path}"
+    assert report.write_json(runner.Report({}, [row]), path) == f"wrote {path}"
+    assert report.write_json(runner.Report({}, sweeps=[row]), path) == f"left {path} as it was: this run made no rows"
+    assert json.loads(path.read_text()) == {"environment": {}, "rows": [row]}
 
 
 def test_plain_table() -> None:
@@ -200,6 +249,14 @@ def test_generated_sections_are_up_to_date(name: str) -> None:
     if ":begin -->" not in text:
         pytest.skip(f"{name} has no generated sections")
     assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report"
+
+
+def test_report_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside site-packages there is no README.md."""
+    monkeypatch.setattr(sys, "argv", ["report", "nowhere/README.md"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert capsys.readouterr().err.startswith("report: no nowhere/README.md")
 
 
 def test_summary_is_the_geometric_mean_over_workloads() -> None:

@@ -269,6 +269,25 @@ def test_kernels_are_compiled_for_each_instruction_set(stand_in: Path) -> None:
 
 
 @needs_build
+def test_nvcc_gets_link_flags_that_it_knows(stand_in: Path) -> None:
+    """Whoever builds in conda or for Debian, which set LDFLAGS for the host's compiler: nvcc refuses -Wl,."""
+    nvcc = stand_in / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")  # what it is told is read in the ninja file
+    nvcc.chmod(0o755)
+    flags = "-Wl,-O1,-z,relro -Wl,--as-needed -L/a -L /b -pthread -fsanitize-recover=address,null"
+    env = {"RECATTN_BUILD_CUDA": "auto", "RECATTN_CUDA_ARCHS": "90", "CUDA_HOME": str(nvcc.parents[1])}
+    build_in_place(stand_in, LDFLAGS=flags, **env)
+    libs = {
+        name: re.findall(r"^  libs = (.*)$", next(stand_in.glob(f"build/temp*/{name}/build.ninja")).read_text(), re.M)
+        for name in ("cpu", "cuda")
+    }
+    assert libs["cpu"] == [flags]
+    given = "-Xlinker -O1,-z,relro -Xlinker --as-needed -L/a -L /b -Xcompiler -pthread"
+    assert libs["cuda"] == [given + r" -Xcompiler '-fsanitize-recover=address\,null'"]
+
+
+@needs_build
 @pytest.mark.parametrize(
     ("env", "message"),
     [

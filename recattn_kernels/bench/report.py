@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,17 +104,44 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write_json(report: Report, path: Path) -> Path:
-    """Writes the results; into a folder as <device>.json. Rows of sweeps are apart, as no table has them."""
-    if path.is_dir():
-        device = next((row["device"] for row in (*report.rows, *report.sweeps)), "cpu")
-        path = path / f"{slug(device_name(report.environment, device))}.json"
+def results_file(path: str, environment: dict[str, Any], device: str) -> Path:
+    """Where results go: the file itself, or <device>.json in a folder, which is made.
+
+    A folder is one that exists, a path that ends in a separator, and a new one that does not end in .json.
+    """
+    file = Path(path)
+    folder = path.endswith(("/", os.sep)) or not (file.exists() or file.suffix == ".json")
+    return file / f"{slug(device_name(environment, device))}.json" if folder or file.is_dir() else file
+
+
+def try_writing(path: Path) -> None:
+    """Raises OSError where a file could not be written; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.open("ab").close()
+    else:
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_json(report: Report, path: Path) -> str:
+    """Writes the results and says so. Rows of sweeps are apart, as no table has them.
+
+    A file that has rows is left as it is where this run has none.
+    """
+    if not report.rows and _has_rows(path):
+        return f"left {path} as it was: this run made no rows"
     result = {"environment": report.environment, "rows": report.rows}
     if report.sweeps:
         result["sweeps"] = report.sweeps
     path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return f"wrote {path}"
+
+
+def _has_rows(path: Path) -> bool:
+    try:
+        return path.is_file() and bool(json.loads(path.read_text())["rows"])
+    except (ValueError, KeyError, TypeError):
+        return False  # no results
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -264,6 +293,8 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="*", default=[ROOT / "README.md", RESULTS / "README.md"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of <device>.json files")
     options = parser.parse_args()
+    if missing := [str(file) for file in options.files if not file.is_file()]:
+        parser.exit(2, f"report: no {', '.join(missing)}: give files, or run it in a checkout of the project\n")
     results = load_results(options.results)
     for file in options.files:
         file.write_text(generated(file.read_text(), results))

