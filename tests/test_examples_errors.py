@@ -50,7 +50,11 @@ def test_refuses(name: str, tmp_path: Path) -> None:
     [
         ("adding_problem", ("-T", "20", "--steps", "1", "--backend", "cuda"), "cannot run this call"),
         ("char_lm", ("--text", "nosuch.txt"), "nosuch.txt"),
-        ("char_lm", ("--hidden", "8", "--batch", "2", "--steps", "5", "--lr", "1e30"), "diverged at step"),
+        (
+            "char_lm",
+            ("--model", "indrnn", "--hidden", "8", "--batch", "2", "--steps", "5", "--lr", "1e30"),
+            "diverged at step",
+        ),
         ("ram_mnist", ("--core", "nosuch"), "--core"),
         ("catch", ("--std", "0"), "--std"),
         ("catch", ("--games", "2", "--hidden", "8", "--lr", "1e30"), "diverged at step"),
