@@ -81,13 +81,14 @@ def arguments(call: Call, chosen: Config) -> dict[str, Any]:
 def forward_arguments(call: Call, output: Tensor, kept: Kept) -> dict[str, Any]:
     """What the forward kernels take beside arguments()."""
     return {
-        "bias_hh_ptr": contiguous(call.bias_hh), "gates_ptr": present(kept.gates), "cells_ptr": present(kept.cells),
-        "normed_ptr": present(kept.normed), "rstd_ptr": present(kept.rstd),
+        "bias_hh_ptr": contiguous(call.bias_hh), "gates_ptr": unless_empty(kept.gates),
+        "cells_ptr": unless_empty(kept.cells), "normed_ptr": unless_empty(kept.normed),
+        "rstd_ptr": unless_empty(kept.rstd),
         **strided("x", contiguous_rows(call.x), call.time), **strided("output", output, call.time),
     }  # fmt: skip
 
 
-def present(tensor: Tensor) -> Tensor | None:
+def unless_empty(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() > 0 else None
 
 
@@ -98,8 +99,8 @@ def backward_arguments(grad_output: Tensor | None, call: Call, kept: Kept, dx: T
     output = contiguous_rows(call.x)
     gates = {"gates_ptr": kept.gates, "gates_stride_t": B * width, "gates_stride_b": width}
     return {
-        "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "cells_ptr": present(kept.cells),
-        "normed_ptr": present(kept.normed), "rstd_ptr": present(kept.rstd), "grad_clip": call.grad_clip,
+        "h0_ptr": contiguous(call.h0), "c0_ptr": contiguous(call.c0), "cells_ptr": unless_empty(kept.cells),
+        "normed_ptr": unless_empty(kept.normed), "rstd_ptr": unless_empty(kept.rstd), "grad_clip": call.grad_clip,
         **(strided("gates", output, call.time) if reads_output(call) else gates),
         **strided("grad_output", None if grad_output is None else contiguous_rows(grad_output), call.time),
         **strided("output", output, call.time), **strided("dx", None if dx is dq else dx, call.time),

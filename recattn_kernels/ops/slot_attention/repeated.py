@@ -3,7 +3,7 @@
 The gradients of k and v are sums over the calls, and each call's backward would read k and v, write theirs, and add
 them to the others'. Here it computes dq and dbias alone and hands on what it was given, so that one pass in the end,
 which computes every A anew, writes dk and dv once. What is handed on flows through autograd as a gradient, that of
-`pending`: shared() makes it of k and v, each call takes one row off it, and in the backward puts one on.
+`pending`: SHARED makes it of k and v, each call, ONCE, takes one row off it, and in the backward puts one on.
 """
 
 from __future__ import annotations
