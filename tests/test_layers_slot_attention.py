@@ -61,7 +61,7 @@ def plain(
 
     def sample(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         x = norm(x, "norm_inputs")
-        k, v = (linear(x, name).view(len(x), h, D // h) for name in ("project_k", "project_v"))
+        k, v = (linear(x, name).view(len(x), h, layer.dim // h) for name in ("project_k", "project_v"))
         initial = state
         for i in range(layer.iters):
             if layer.grad_mode != "full" and i == layer.iters - 1:

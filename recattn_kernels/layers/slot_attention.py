@@ -14,7 +14,8 @@ from recattn_kernels.layers import slot_attention_weights
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.options import changed_options, from_generator
-from recattn_kernels.layers.slot_attention_inputs import Attention, attention, is_plain, linear
+from recattn_kernels.layers.slot_attention_inputs import Attention, attention_over, is_plain, linear
+from recattn_kernels.layers.slot_attention_iterations import Masks, fused
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
 NAME = "SlotAttention"
@@ -199,19 +200,17 @@ class SlotAttention(nn.Module):
         if input_mask is not None:
             inputs = inputs.masked_fill(~input_mask.unsqueeze(-1), 0)
         implicit = self.grad_mode != "full"
-        times = 1 if implicit else self.iters - return_attn
-        backend = backends.requested(NAME, self.backend)
-        attend = attention(self, inputs, K, slot_mask, input_mask, times, backend)
+        backend, masks = backends.requested(NAME, self.backend), (slot_mask, input_mask)
+        attention = attention_over(self, inputs, K, *masks, 1 if implicit else self.iters - return_attn, backend)
 
-        initial, attn = slots, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not implicit):
-            for _ in range(self.iters - 1):
-                slots, _ = self._iteration(attend, slots, False, backend)
+        initial, times = slots, self.iters
         if implicit:
-            slots = slots.detach()
+            with torch.no_grad():
+                slots, _ = self._iterations(attention, slots, self.iters - 1, False, masks, backend)
+            slots, times = slots.detach(), 1
         if self.grad_mode == "bi-level":
             slots = slots + (initial - initial.detach())
-        slots, attn = self._iteration(attend, slots, return_attn, backend)
+        slots, attn = self._iterations(attention, slots, times, return_attn, masks, backend)
         if absent is not None:
             slots = slots.masked_fill(absent, 0)
         return slots if attn is None else (slots, attn)
@@ -223,10 +222,21 @@ class SlotAttention(nn.Module):
         noise = torch.randn(B, K, self.dim, **from_generator(generator), device=mu.device, dtype=mu.dtype)
         return mu + self.slots_log_sigma.exp() * noise
 
-    def _iteration(
-        self, attend: Attention, slots: Tensor, return_attn: bool, backend: str
+    def _iterations(
+        self, attention: Attention, slots: Tensor, times: int, return_attn: bool, masks: Masks, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        updates, attn = attend(linear(self.project_q, self.norm_slots(slots), backend), return_attn)
+        found = fused(self, attention, slots, times, return_attn, masks, backend)
+        if found is not None:
+            return found
+        attn = None
+        for i in range(times):
+            slots, attn = self._iteration(attention, slots, return_attn and i == times - 1, backend)
+        return slots, attn
+
+    def _iteration(
+        self, attention: Attention, slots: Tensor, return_attn: bool, backend: str
+    ) -> tuple[Tensor, Tensor | None]:
+        updates, attn = attention.attend(linear(self.project_q, self.norm_slots(slots), backend), return_attn)
         if self.gru is None:
             slots = slots + updates
         else:

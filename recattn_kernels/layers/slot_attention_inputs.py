@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,20 @@ from recattn_kernels.ops.slot_attention.repeated import repeated
 if TYPE_CHECKING:
     from recattn_kernels.layers.slot_attention import SlotAttention
 
-# q (B, K, D), whether A is wanted -> updates (B, K, D), A or None
-Attention = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+
+class Attention(NamedTuple):
+    """What every iteration attends to: attend(q (B, K, D), whether A is wanted) gives updates (B, K, D), A or None.
+
+    k, v: what it reads, v None where k itself is the values. absorbed: W_k and W_v with their shifts, where they are
+    applied to the queries and the updates.
+    """
+
+    attend: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+    k: Tensor
+    v: Tensor | None
+    absorbed: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    scale: float
+
 
 # What the fused kernels take: beyond it only the reference would run.
 MOST_SLOTS, MOST_FEATURES = 128, 512
@@ -35,7 +47,7 @@ MOST_SLOTS, MOST_FEATURES = 128, 512
 ATTENTION_COST = 2.5
 
 
-def attention(
+def attention_over(
     layer: SlotAttention,
     inputs: Tensor,
     K: int,
@@ -99,7 +111,7 @@ def _projected(
         updates, attn = once(_by_head(q, layer.heads), None, return_attn)
         return updates if layer.heads == 1 else updates.transpose(1, 2).flatten(2), attn
 
-    return attend
+    return Attention(attend, k, v, (None, None, None, None), options["scale"])
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -154,7 +166,7 @@ def _absorbed(
             attn = None if attn is None else attn.unflatten(1, (heads, K))
         return updates + shift, attn
 
-    return attend
+    return Attention(attend, x, None, (key, key_shift, value, value_shift), options["scale"])
 
 
 def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

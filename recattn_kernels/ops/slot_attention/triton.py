@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from recattn_kernels.ops.slot_attention import triton_iterations
 from recattn_kernels.ops.slot_attention.contract import empty_forward, sizes_of
 from recattn_kernels.ops.slot_attention.reference import scale_of
 from recattn_kernels.ops.slot_attention.triton_arguments import (
@@ -234,10 +235,17 @@ def aot_variants(lanes: int, full: bool) -> Variants:
                     seen.add(kernel)
                     yield Variant(f"{kernel}-{name}", launch, shared=shared)
 
+    for name, launch in triton_iterations.examples(Machine(lanes, 132, 2**16), full):
+        yield Variant(f"iterations_kernel-{name}", launch, shared=2**16)
+
 
 def aot_same(lanes: int) -> SameCompilation:
     """Launches that differ in B and N alone."""
     yield [
         example(Machine(lanes, 132, 2**16), torch.bfloat16, 7, 64, False, B, N)
         for B, N in ((1, 1), (2, 1), (1, 16), (64, 16384))
+    ]
+    yield [
+        (triton_iterations.example(Machine(lanes, 132, 2**16), torch.bfloat16, 7, 64, 64, True, B, N),)
+        for B, N in ((1, 1), (2, 1), (1, 16), (64, 1024))
     ]

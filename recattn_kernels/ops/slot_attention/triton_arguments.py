@@ -42,23 +42,31 @@ def common(
     sizes: Sizes, k: Tensor, v: Tensor | None, slot_mask: Tensor | None, input_mask: Tensor | None, eps: float,
     denominator: bool, narrow: bool, tile: Tile, on: Machine,
 ) -> dict[str, Any]:  # fmt: skip
+    arguments = {
+        "slot_mask_ptr": as_bytes(slot_mask), "input_mask_ptr": as_bytes(input_mask), "eps": eps, "H": sizes.heads,
+        "K": sizes.K, "N": sizes.N, "D": sizes.D, "E": sizes.Dv, "DENOMINATOR": denominator, "CHUNKS": tile.chunks,
+        "ROWS": tile.rows, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d,
+    }  # fmt: skip
+    arguments |= (
+        products(k, narrow, on)
+        | _strided("k", contiguous_rows(k))
+        | _strided("v", None if v is None else contiguous_rows(v))
+    )
+    return arguments | {"ALIGNED": is_aligned(sizes, k, v)}
+
+
+def products(k: Tensor, narrow: bool, on: Machine) -> dict[str, Any]:
+    """What is multiplied in which type."""
     # A is 1e-8 where float16 ends at 6e-8: beside it, the other products are in TF32, which holds all of float16.
     kind = torch.bfloat16 if narrow and k.dtype == torch.bfloat16 else torch.float32
     half = narrow and k.dtype == torch.float16
     score = k.dtype if narrow else torch.float32
     tf32 = half or (k.dtype == torch.float32 and backends.allows_tf32())
     precision = ("interpreted_" if on.interpreted else "") + ("tf32" if tf32 else "ieee")
-    arguments = {
-        "slot_mask_ptr": _bytes(slot_mask), "input_mask_ptr": _bytes(input_mask), "eps": eps, "H": sizes.heads,
-        "K": sizes.K, "N": sizes.N, "D": sizes.D, "E": sizes.Dv, "DENOMINATOR": denominator, "CHUNKS": tile.chunks,
-        "ROWS": tile.rows, "BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d, "SCORE_TYPE": TYPES[score],
-        "TYPE": TYPES[kind], "PRECISION": precision,
-    }  # fmt: skip
-    arguments |= _strided("k", contiguous_rows(k)) | _strided("v", None if v is None else contiguous_rows(v))
-    return arguments | {"ALIGNED": is_aligned(sizes, k, v)}
+    return {"SCORE_TYPE": TYPES[score], "TYPE": TYPES[kind], "PRECISION": precision}
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
+def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 

@@ -1,7 +1,8 @@
 """The Triton kernel of whole iterations of SlotAttention: one program takes a sample, from its slots to its slots.
 
 Rows of slots are tuples of tiles (ROWS, BLOCK), float32, one for every BLOCK of their width, and 0 beyond it: so are a
-weight's tiles, which come from the L2 cache anew for every product. An absent argument is None.
+weight's tiles, which come from the L2 cache anew for every product. Widths are multiples of 16, so that a lane loads 16 bytes at once. An absent
+argument is None; all are contiguous.
 """
 
 # mypy: ignore-errors
@@ -175,10 +176,10 @@ def iterations_kernel(
     slots_ptr, k_ptr, v_ptr, slot_mask_ptr, input_mask_ptr, norm_slots_ptr, norm_slots_bias_ptr, query_ptr,
     query_bias_ptr, key_ptr, key_shift_ptr, value_ptr, value_shift_ptr, weight_ih_ptr, weight_hh_ptr, bias_ih_ptr,
     bias_hh_ptr, norm_mlp_ptr, norm_mlp_bias_ptr, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, out_ptr, attn_ptr,
-    scale, eps, ln_eps, T, K, N, D, E, M, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
+    scale, eps, ln_eps, T, Z, K, N, D, E, M,
     DENOMINATOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     D_TILES: tl.constexpr, E_TILES: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # T times:  q = LN(slots) W_q^T + b_q;  with W_key:  bias = scale * q . shift_key, q = q W_key
     # A[k, n] = softmax over k of scale * q[k] . k[n] + bias[k];  mean = sum over n of W v[n], as in forward_kernel
@@ -187,17 +188,18 @@ def iterations_kernel(
     sample = tl.program_id(0)
     b, _, first_row, _, exists, valid = sample_rows(slot_mask_ptr, sample, 1, K, 1, ROWS)
     row = first_row + tl.arange(0, ROWS)
-    D, E, M = hint(D, ALIGNED), hint(E, ALIGNED), hint(M, ALIGNED)
-    k_stride_b, k_stride_n = hint(k_stride_b, ALIGNED), hint(k_stride_n, ALIGNED)
-    v_stride_b, v_stride_n = hint(v_stride_b, ALIGNED), hint(v_stride_n, ALIGNED)
-    k_ptr += b * k_stride_b
+    D, E, M = hint(D, True), hint(E, True), hint(M, True)
+    k_ptr += b * N * E
     if v_ptr is not None:
-        v_ptr += b * v_stride_b
+        v_ptr += b * N * E
     slots = ()
     for c in tl.static_range(D_TILES):
         slots += (load_rows(slots_ptr, row, D, valid, D, c, BLOCK).to(tl.float32),)
     narrow, wide = zeros(D_TILES, ROWS, BLOCK), zeros(E_TILES, ROWS, BLOCK)
     for i in range(T):
+        # Z is 0, which the compiler does not know: it would keep the addresses in all weights from one iteration to the
+        # next, and find no registers for them.
+        D, E, M = hint(D + Z, True), hint(E + Z, True), hint(M + Z, True)
         x = layer_norm(slots, norm_slots_ptr, norm_slots_bias_ptr, ln_eps, D, BLOCK)
         q = linear(x, query_ptr, 0, D, D, narrow, False, BLOCK, SCORE_TYPE, PRECISION)
         q = add_row(q, query_bias_ptr, D, BLOCK)
@@ -215,7 +217,7 @@ def iterations_kernel(
                 keep &= tl.load(input_mask_ptr + b * N + n, mask=keep, other=0) != 0
             scores, keys = tl.zeros((ROWS, BLOCK_N), tl.float32), ()
             for c in tl.static_range(E_TILES):
-                tile = load_rows(k_ptr, n, k_stride_n, keep, E, c, BLOCK)
+                tile = load_rows(k_ptr, n, E, keep, E, c, BLOCK)
                 scores = product(q[c], tl.trans(tile), scores, SCORE_TYPE, PRECISION)
                 keys += (tile,)
             attn = competition(scores, scale, bias, valid, keep, 0)
@@ -232,7 +234,7 @@ def iterations_kernel(
             for c in tl.static_range(E_TILES):
                 values = keys[c]
                 if v_ptr is not None:
-                    values = load_rows(v_ptr, n, v_stride_n, keep, E, c, BLOCK)
+                    values = load_rows(v_ptr, n, E, keep, E, c, BLOCK)
                 after += (product(weights, values, totals[c], TYPE, PRECISION),)
             totals = after
         if DENOMINATOR:

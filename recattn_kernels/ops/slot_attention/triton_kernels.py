@@ -33,6 +33,12 @@ def chunks_of(width, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def rounded(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x in TYPE as a product has it: of float32 in TF32 it drops the last 13 bits."""
+    INTERPRETED: tl.constexpr = PRECISION == "interpreted_ieee" or PRECISION == "interpreted_tf32"
+    if INTERPRETED and tl.bfloat16 == TYPE and x.dtype == tl.float32:
+        # Triton's interpreter cuts bits off: here to the nearest, ties to even.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     x = x.to(TYPE)
     if x.dtype == tl.float32 and (PRECISION == "tf32" or PRECISION == "interpreted_tf32"):
         x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
