@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from recattn_kernels import backends
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.slot_attention_inputs import Attention, is_plain
@@ -52,17 +51,17 @@ def weights_of(layer: SlotAttention, attention: Attention) -> Weights | None:
         return None
     if norms[0].eps != norms[1].eps or any(norm.normalized_shape != (layer.dim,) for norm in norms):
         return None
-    of_gru: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
+    of_gru: tuple[Any, ...] = (None, None, None, None)
     if gru is not None:
         if not is_plain(gru, GRUCell) or not gru.bias or gru._extras() or gru.backend != layer.backend:
             return None
         of_gru = gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
     q = layer.project_q
-    weights = Weights(
+    parts: tuple[Any, ...] = (
         norms[0].weight, norms[0].bias, q.weight, q.bias, *attention.absorbed, *of_gru, norms[1].weight, norms[1].bias,
         up.weight, up.bias, down.weight, down.bias,
     )  # fmt: skip
-    return weights if len({w.dtype for w in weights if w is not None}) == 1 else None
+    return Weights(*parts) if len({w.dtype for w in parts if w is not None}) == 1 else None
 
 
 def _dtype(layer: SlotAttention, slots: Tensor) -> torch.dtype | None:

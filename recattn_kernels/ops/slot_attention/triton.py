@@ -26,6 +26,7 @@ from recattn_kernels.ops.slot_attention.triton_arguments import (
 from recattn_kernels.ops.slot_attention.triton_inputs import inputs_backward as inputs_backward
 from recattn_kernels.ops.slot_attention.triton_inputs import inputs_launches
 from recattn_kernels.ops.slot_attention.triton_inputs_kernels import inputs_backward_kernel
+from recattn_kernels.ops.slot_attention.triton_joint_kernels import joint_kernel
 from recattn_kernels.ops.slot_attention.triton_kernels import (
     backward_kernel,
     finish_forward_kernel,
@@ -44,16 +45,28 @@ from recattn_kernels.triton_launch import (
 )
 
 
+# Where joint heads have more, joint_kernel goes before: from 64 on, Triton's compiler for sm_100 fails on float32.
+MOST_ROWS_OF_GROUP = 32
+
+
 class Plan(NamedTuple):
-    group: int  # heads of one softmax
+    group: int  # heads of one softmax, which a program takes together
     samples: int
     parts: int
     tile: Tile
 
 
+# What joint_kernel takes of the arguments of the kernel to come.
+JOINT_ARGUMENTS = (
+    "q_ptr", "k_ptr", "v_ptr", "bias_ptr", "slot_mask_ptr", "input_mask_ptr", "scale", "H", "K", "N", "D", "E",
+    "k_stride_b", "k_stride_h", "k_stride_n", "v_stride_b", "v_stride_h", "v_stride_n", "CHUNKS", "ROWS", "BLOCK_N",
+    "BLOCK_D", "SCORE_TYPE", "TYPE", "PRECISION", "ALIGNED",
+)  # fmt: skip
+
+
 def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backward: bool) -> Plan:
     B, H, K, N, D, Dv = sizes_of(q, k, v)
-    group = H if joint else 1
+    group = H if joint and H * K <= MOST_ROWS_OF_GROUP else 1
     samples, rows = B * H // max(group, 1), max(16, triton.next_power_of_2(group * K))
     widest = max(16, triton.next_power_of_2(max(D, Dv)))
     # What the registers hold, as tests/test_aot.py finds it. Exact products in float32 need many times those of matrix
@@ -98,14 +111,37 @@ def arguments_of(inputs: Sequence[Any], options: Sequence[Any], chosen: Plan, on
     )  # fmt: skip
 
 
-def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine) -> tuple[Launch, Launch]:
+def joint_launch(arguments: dict[str, Any], backward: dict[str, Any] | None, num_warps: int) -> Launch:
+    """Of what the heads share where no program takes them together; puts it into the arguments of the kernel to come.
+
+    backward: that kernel's updates, den and gradients.
+    """
+    q, N = arguments["q_ptr"], arguments["N"]
+    B = q.shape[0]
+    shared = {f"{name}_ptr": q.new_empty((B, N), dtype=torch.float32) for name in ("most", "total", "average")}
+    if backward is None:
+        backward = dict.fromkeys(("updates_ptr", "den_ptr", "du_ptr", "dattn_ptr"))
+        del shared["average_ptr"]
+    arguments |= shared
+    own = {name: arguments[name] for name in JOINT_ARGUMENTS} | {"average_ptr": None} | shared | backward
+    return Launch(joint_kernel, (B * triton.cdiv(N, arguments["BLOCK_N"]),), own, num_warps, REGISTERS)
+
+
+def is_apart(chosen: Plan, q: Tensor, joint: bool) -> bool:
+    """Whether joint heads have programs of their own."""
+    return joint and q.shape[1] > chosen.group
+
+
+def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine) -> list[Launch]:
     q, k, v = args[:3]
     updates, attn, mean, den = results
     chosen = plan(q, k, v, args[9], on, backward=False)
     Dv, rows = updates.shape[-1], chosen.group * q.shape[-2]
     sums = q.new_empty((chosen.samples, chosen.parts, rows, Dv), dtype=torch.float32)
     sums_den = q.new_empty(sums.shape[:-1], dtype=torch.float32)
-    attend = arguments_of(args[:6], args[6:], chosen, on) | {
+    attend = arguments_of(args[:6], args[6:], chosen, on) | {"most_ptr": None, "total_ptr": None}
+    launches = [joint_launch(attend, None, chosen.tile.num_warps)] if is_apart(chosen, q, args[9]) else []
+    attend |= {
         "attn_ptr": attn if attn.dim() > 1 else None, "sums_ptr": sums, "den_ptr": sums_den,
     }  # fmt: skip
     finish = {
@@ -114,10 +150,11 @@ def forward_launches(args: Sequence[Any], results: Sequence[Tensor], on: Machine
         "P": chosen.parts, "DENOMINATOR": args[8], "BLOCK_D": chosen.tile.block_d,
     }  # fmt: skip
     grid = (chosen.samples, chosen.parts, chosen.tile.chunks)
-    return (
+    return [
+        *launches,
         Launch(forward_kernel, grid, attend, chosen.tile.num_warps, REGISTERS, num_stages=2),
         Launch(finish_forward_kernel, (den.numel(), chosen.tile.chunks), finish, 1, 64),
-    )
+    ]
 
 
 def backward_launches(
@@ -132,14 +169,16 @@ def backward_launches(
     parts = (chosen.samples, chosen.parts, rows)
     sums = None if dq is None else q.new_empty((*parts, q.shape[-1]), dtype=torch.float32)
     sums_bias = None if dbias is None else q.new_empty(parts, dtype=torch.float32)
-    own = {
+    flow = {
         "updates_ptr": (updates if updates.dtype == den.dtype else mean).contiguous(), "den_ptr": den,
-        "du_ptr": contiguous(grads[0]), "dattn_ptr": contiguous(grads[1]), "dk_ptr": dk, "dv_ptr": dv,
-        "sums_ptr": sums, "sums_bias_ptr": sums_bias,
+        "du_ptr": contiguous(grads[0]), "dattn_ptr": contiguous(grads[1]),
     }  # fmt: skip
+    own = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": sums, "sums_bias_ptr": sums_bias}
     grid = (chosen.samples, chosen.parts, chosen.tile.chunks)
-    arguments = arguments_of(inputs, options, chosen, on) | own
-    launches = [Launch(backward_kernel, grid, arguments, chosen.tile.num_warps, REGISTERS, num_stages=1)]
+    arguments = arguments_of(inputs, options, chosen, on) | {f"{x}_ptr": None for x in ("most", "total", "average")}
+    before = [joint_launch(arguments, flow, chosen.tile.num_warps)] if is_apart(chosen, q, options[3]) else []
+    arguments |= flow | own
+    launches = [*before, Launch(backward_kernel, grid, arguments, chosen.tile.num_warps, REGISTERS, num_stages=1)]
     for out, of_parts, scale in ((dq, sums, arguments["scale"]), (dbias, sums_bias, 1.0)):
         if out is not None:
             width = q.shape[-1] if out is dq else 1
@@ -241,11 +280,12 @@ def aot_variants(lanes: int, full: bool) -> Variants:
 
 def aot_same(lanes: int) -> SameCompilation:
     """Launches that differ in B and N alone."""
+    BF16 = torch.bfloat16
     yield [
         example(Machine(lanes, 132, 2**16), torch.bfloat16, 7, 64, False, B, N)
         for B, N in ((1, 1), (2, 1), (1, 16), (64, 16384))
     ]
     yield [
-        (triton_iterations.example(Machine(lanes, 132, 2**16), torch.bfloat16, 7, 64, 64, True, B, N),)
+        (triton_iterations.example(Machine(lanes, 132, 2**16), BF16, 7, 64, 64, True, BF16, B, N),)
         for B, N in ((1, 1), (2, 1), (1, 16), (64, 1024))
     ]

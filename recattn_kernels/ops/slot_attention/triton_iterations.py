@@ -63,36 +63,43 @@ def run(*args: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
-def example(on: Machine, dtype: torch.dtype, K: int, D: int, E: int, full: bool, B: int = 3, N: int = 1000) -> Launch:
+def example(
+    on: Machine, dtype: torch.dtype, K: int, D: int, E: int, full: bool, of_weights: torch.dtype, B: int = 3,
+    N: int = 1000,
+) -> Launch:  # fmt: skip
     """What a call on the meta device launches; full: with every option and absorbed projections, else with none."""
 
-    def empty_of(*shape: int) -> Tensor:
+    def empty_of(*shape: int, dtype: torch.dtype = of_weights) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     row, square, weight = empty_of(D), empty_of(D, D), empty_of(D, E)
-    slots, k = empty_of(B, K, D), empty_of(B, N, E)
+    slots, k = empty_of(B, K, D), empty_of(B, N, E, dtype=dtype)
     gates = (empty_of(3 * D, D), empty_of(3 * D, D), empty_of(3 * D), empty_of(3 * D))
     absorbed = (weight, row, weight, row) if full else (None, None, None, None)
-    weights = Weights(
+    weights: Any = (
         row, row, square, row if full else None, *absorbed, *gates,
         row, row, empty_of(128, D), empty_of(128), empty_of(D, 128), row,
     )  # fmt: skip
-    masks = (torch.empty(B, K, dtype=torch.bool, device="meta"), torch.empty(B, N, dtype=torch.bool, device="meta"))
+    masks = (empty_of(B, K, dtype=torch.bool), empty_of(B, N, dtype=torch.bool))
     slot_mask, input_mask = masks if full else (None, None)
-    options = Options(0.1, 1e-8, False, 1e-5, 3, full, dtype)
-    v = None if full else empty_of(B, N, E)
+    options = Options(0.1, 1e-8, False, 1e-5, 3, full, of_weights)
+    v = None if full else empty_of(B, N, E, dtype=dtype)
     results = empty(slots, k, v, slot_mask, input_mask, weights, *options)
     return launch_of(slots, k, v, slot_mask, input_mask, weights, options, results, on)
 
 
 def examples(on: Machine, full: bool) -> Iterator[tuple[str, Launch]]:
-    """Names and launches that cover the kernel: the most slots and features of each type."""
-    shapes = [(torch.bfloat16, 7, 64, 64, True)]
+    """Names and launches that cover the kernel: most slots and features of each type, float32 weights of autocast."""
+    F32, BF16, F16 = MOST
+    shapes = [(BF16, 7, 64, 64, True, BF16)]
     if full:
         for dtype, most in MOST.items():
-            shapes += [(dtype, 7, most // 16, most // 16, options) for options in (False, True)]
-            shapes += [(dtype, 7, 48, most // 16, True)]
-            shapes += [(dtype, 24, most // 32, most // 32, options) for options in (False, True) if on.lanes == 32]
-    for dtype, K, D, E, options in shapes:
+            shapes += [(dtype, 7, most // 16, most // 16, options, dtype) for options in (False, True)]
+            if on.lanes == 32:  # more slots than AMD takes
+                shapes += [(dtype, 24, most // 32, most // 32, options, dtype) for options in (False, True)]
+        shapes += [(BF16, 7, 48, 128, True, BF16), (BF16, 7, 128, 128, True, F32), (F16, 7, 128, 128, False, F32)]
+        shapes += [(BF16, 24, 64, 64, True, F32)] if on.lanes == 32 else []
+    for dtype, K, D, E, options, of_weights in shapes:
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", f"E{E}", "everything" * options)
-        yield "-".join(filter(None, words)), example(on, dtype, K, D, E, options)
+        name = "-".join(filter(None, (*words, "autocast" * (dtype != of_weights))))
+        yield name, example(on, dtype, K, D, E, options, of_weights)

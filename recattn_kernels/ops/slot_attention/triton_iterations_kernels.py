@@ -1,8 +1,8 @@
 """The Triton kernel of whole iterations of SlotAttention: one program takes a sample, from its slots to its slots.
 
 Rows of slots are tuples of tiles (ROWS, BLOCK), float32, one for every BLOCK of their width, and 0 beyond it: so are a
-weight's tiles, which come from the L2 cache anew for every product. Widths are multiples of 16, so that a lane loads 16 bytes at once. An absent
-argument is None; all are contiguous.
+weight's tiles, which come from the L2 cache anew for every product. Widths are multiples of 16, so that a lane loads 16
+bytes at once. An absent argument is None; all are contiguous.
 """
 
 # mypy: ignore-errors

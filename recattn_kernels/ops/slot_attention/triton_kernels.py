@@ -102,24 +102,27 @@ def sample_rows(slot_mask_ptr, sample, H, K, GROUP: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def competition(scores, scale, bias, valid, keep, SLOTS: tl.constexpr):
-    """A of a block, whose slots lie along dimension SLOTS."""
+def competition(scores, scale, bias, valid, keep, SLOTS: tl.constexpr, most=None, total=None):
+    """A of a block, whose slots lie along dimension SLOTS. most, total: of all heads', where they are joint."""
     slots, inputs = tl.expand_dims(valid, 1 - SLOTS), tl.expand_dims(keep, SLOTS)
     scores = tl.where(slots, scores * scale + tl.expand_dims(bias, 1 - SLOTS), -float("inf"))
-    most = tl.max(scores, SLOTS)
-    most = tl.where(tl.sum(valid.to(tl.int32), 0) > 0, most, 0.0)  # a sample without slots
+    if most is None:
+        most = tl.max(scores, SLOTS)
+        most = tl.where(tl.sum(valid.to(tl.int32), 0) > 0, most, 0.0)  # a sample without slots
     e = tl.exp(scores - tl.expand_dims(most, SLOTS))
-    attn = e / tl.expand_dims(tl.sum(e, SLOTS), SLOTS)
+    if total is None:
+        total = tl.sum(e, SLOTS)
+    attn = e / tl.expand_dims(total, SLOTS)
     return tl.where(slots & inputs, attn, 0.0)
 
 
 @triton.jit
-def attention(
-    q, q_ptr, k_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D,
+def scores_of(
+    q, q_ptr, k_ptr, row, head, valid, n, keep, k_stride_h, k_stride_n, D,
     GROUP: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A of a block (ROWS, BLOCK_N), and the first tile of its keys. q: their first chunk."""
+    """q . k of a block (ROWS, BLOCK_N), and the first tile of its keys. q: their first chunk."""
     scores = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     first = load_rows(k_ptr, n, k_stride_n, keep, D, 0, BLOCK_D)
     if GROUP * CHUNKS == 1:
@@ -130,13 +133,31 @@ def attention(
                 keys = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, D, c, BLOCK_D)
                 queries = load_rows(q_ptr, row, D, valid, D, c, BLOCK_D)
                 scores = product_of_head(queries, tl.trans(keys), scores, head, h, GROUP, TYPE, PRECISION)
-    return competition(scores, scale, bias, valid, keep, 0), first
+    return scores, first
+
+
+@triton.jit
+def attention(
+    q, q_ptr, k_ptr, most_ptr, total_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D,
+    GROUP: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A of a block (ROWS, BLOCK_N), and the first tile of its keys. most, total: joint_kernel's."""
+    scores, first = scores_of(
+        q, q_ptr, k_ptr, row, head, valid, n, keep, k_stride_h, k_stride_n, D, GROUP, CHUNKS, BLOCK_N, BLOCK_D, TYPE,
+        PRECISION,
+    )  # fmt: skip
+    most, total = None, None
+    if most_ptr is not None:
+        most = tl.load(most_ptr + n, mask=keep, other=0.0)
+        total = tl.load(total_ptr + n, mask=keep, other=1.0)
+    return competition(scores, scale, bias, valid, keep, 0, most, total), first
 
 
 @partial(kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "sums_ptr"))
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, attn_ptr, sums_ptr, den_ptr, scale, eps,
-    H, K, N, D, E, P, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, most_ptr, total_ptr, attn_ptr, sums_ptr, den_ptr,
+    scale, eps, H, K, N, D, E, P, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     DENOMINATOR: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -152,6 +173,9 @@ def forward_kernel(
     k_ptr += b * k_stride_b + first_head.to(tl.int64) * k_stride_h
     if v_ptr is not None:
         v_ptr += b * v_stride_b + first_head.to(tl.int64) * v_stride_h
+    if most_ptr is not None:
+        most_ptr += b * N
+        total_ptr += b * N
     q = load_rows(q_ptr, row, D, valid, D, 0, BLOCK_D)
     bias = tl.zeros((ROWS,), tl.float32)
     if bias_ptr is not None:
@@ -164,8 +188,8 @@ def forward_kernel(
         if input_mask_ptr is not None:
             keep &= tl.load(input_mask_ptr + b * N + n, mask=keep, other=0) != 0
         attn, keys = attention(
-            q, q_ptr, k_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D, GROUP, CHUNKS,
-            BLOCK_N, BLOCK_D, SCORE_TYPE, PRECISION,
+            q, q_ptr, k_ptr, most_ptr, total_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D,
+            GROUP, CHUNKS, BLOCK_N, BLOCK_D, SCORE_TYPE, PRECISION,
         )  # fmt: skip
         if attn_ptr is not None:
             at = attn_ptr + row[:, None] * N + n[None, :]
@@ -223,12 +247,52 @@ def flow(
     return rounded(g, TYPE, PRECISION)
 
 
+@triton.jit
+def delta_of(
+    du_ptr, updates_ptr, den, row, valid, E, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """g . updates"""
+    delta = tl.zeros_like(den)
+    for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
+        g = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
+        updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
+        delta += tl.sum(g.to(tl.float32) * updates, 1)
+    return delta
+
+
+@triton.jit
+def gradient_of_attention(
+    keys, own_g, du_ptr, dattn_ptr, v_ptr, k_ptr, den, delta, row, head, valid, n, keep, v_stride_h, v_stride_n,
+    k_stride_h, k_stride_n, N, E, GROUP: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA of a block: g . v - delta + dattn. keys, own_g: first chunks."""
+    grad = tl.zeros((own_g.shape[0], BLOCK_N), tl.float32)
+    if du_ptr is not None:
+        for h in range(GROUP):
+            for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
+                values, g_c = keys, own_g
+                if v_ptr is not None:
+                    values = load_rows(v_ptr + h * v_stride_h, n, v_stride_n, keep, E, c, BLOCK_D)
+                elif GROUP * CHUNKS > 1:
+                    values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
+                if CHUNKS > 1:
+                    g_c = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
+                grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
+        grad -= delta[:, None]
+    if dattn_ptr is not None:
+        at = dattn_ptr + row[:, None] * N + n[None, :]
+        grad += tl.load(at, mask=valid[:, None] & keep[None, :], other=0.0).to(tl.float32)
+    return grad
+
+
 @partial(
     kernel, aligned=("q_ptr", "k_ptr", "v_ptr", "updates_ptr", "du_ptr", "dk_ptr", "dv_ptr", "sums_ptr")
 )  # fmt: skip
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, updates_ptr, den_ptr, du_ptr, dattn_ptr,
-    dk_ptr, dv_ptr, sums_ptr, sums_bias_ptr, scale, eps, H, K, N, D, E, P,
+    q_ptr, k_ptr, v_ptr, bias_ptr, slot_mask_ptr, input_mask_ptr, most_ptr, total_ptr, average_ptr, updates_ptr,
+    den_ptr, du_ptr, dattn_ptr, dk_ptr, dv_ptr, sums_ptr, sums_bias_ptr, scale, eps, H, K, N, D, E, P,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     DENOMINATOR: tl.constexpr, GROUP: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SCORE_TYPE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -248,8 +312,13 @@ def backward_kernel(
     k_ptr += b * k_stride_b + first_head.to(tl.int64) * k_stride_h
     if v_ptr is not None:
         v_ptr += b * v_stride_b + first_head.to(tl.int64) * v_stride_h
+    if most_ptr is not None:
+        most_ptr += b * N
+        total_ptr += b * N
+        average_ptr += b * N
     q = load_rows(q_ptr, row, D, valid, D, 0, BLOCK_D)
     own_q, own_g = q, q
+    den, delta = None, None
     if CHUNKS > 1:
         own_q = load_rows(q_ptr, row, D, valid, D, chunk, BLOCK_D)
     bias = tl.zeros((ROWS,), tl.float32)
@@ -257,11 +326,7 @@ def backward_kernel(
         bias = tl.load(bias_ptr + row, mask=valid, other=0.0).to(tl.float32)
     if du_ptr is not None:
         den = tl.load(den_ptr + row, mask=valid, other=0.0)
-        delta = tl.zeros((ROWS,), tl.float32)
-        for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
-            g = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
-            updates = load_rows(updates_ptr, row, E, valid, E, c, BLOCK_D)
-            delta += tl.sum(g.to(tl.float32) * updates, 1)
+        delta = delta_of(du_ptr, updates_ptr, den, row, valid, E, CHUNKS, BLOCK_D, TYPE, PRECISION)
         own_g = flow(du_ptr, den, row, E, valid, E, chunk, BLOCK_D, TYPE, PRECISION)
     total, bias_total = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS,), tl.float32)
     blocks = tl.cdiv(N, BLOCK_N)
@@ -271,26 +336,18 @@ def backward_kernel(
         if input_mask_ptr is not None:
             keep &= tl.load(input_mask_ptr + b * N + n, mask=keep, other=0) != 0
         attn, keys = attention(
-            q, q_ptr, k_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D, GROUP, CHUNKS,
-            BLOCK_N, BLOCK_D, SCORE_TYPE, PRECISION,
+            q, q_ptr, k_ptr, most_ptr, total_ptr, row, head, valid, bias, n, keep, k_stride_h, k_stride_n, scale, D,
+            GROUP, CHUNKS, BLOCK_N, BLOCK_D, SCORE_TYPE, PRECISION,
         )  # fmt: skip
-        grad = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        if du_ptr is not None:
-            for h in range(GROUP):
-                for c in range(chunks_of(E, CHUNKS, BLOCK_D)):
-                    values, g_c = keys, own_g
-                    if v_ptr is not None:
-                        values = load_rows(v_ptr + h * v_stride_h, n, v_stride_n, keep, E, c, BLOCK_D)
-                    elif GROUP * CHUNKS > 1:
-                        values = load_rows(k_ptr + h * k_stride_h, n, k_stride_n, keep, E, c, BLOCK_D)
-                    if CHUNKS > 1:
-                        g_c = flow(du_ptr, den, row, E, valid, E, c, BLOCK_D, TYPE, PRECISION)
-                    grad = product_of_head(g_c, tl.trans(values), grad, head, h, GROUP, TYPE, PRECISION)
-            grad -= delta[:, None]
-        if dattn_ptr is not None:
-            at = dattn_ptr + row[:, None] * N + n[None, :]
-            grad += tl.load(at, mask=valid[:, None] & keep[None, :], other=0.0).to(tl.float32)
-        ds = attn * (grad - tl.sum(attn * grad, 0)[None, :])
+        grad = gradient_of_attention(
+            keys, own_g, du_ptr, dattn_ptr, v_ptr, k_ptr, den, delta, row, head, valid, n, keep, v_stride_h, v_stride_n,
+            k_stride_h, k_stride_n, N, E, GROUP, CHUNKS, BLOCK_N, BLOCK_D, TYPE, PRECISION,
+        )  # fmt: skip
+        if most_ptr is None:
+            average = tl.sum(attn * grad, 0)
+        else:
+            average = tl.load(average_ptr + n, mask=keep, other=0.0)
+        ds = attn * (grad - average[None, :])
         bias_total += tl.sum(ds, 1)
         weights = attn
         if not DENOMINATOR:
