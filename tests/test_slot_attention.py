@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_conformance import judge
 from torch import Tensor
 
-from recattn_kernels import backends, slot_attention
+from recattn_kernels import backends, conformance, slot_attention
 from recattn_kernels.bench.memory import peak_bytes
 from recattn_kernels.ops.slot_attention.api import normalise
 from recattn_kernels.ops.slot_attention.contract import BACKENDS
+from recattn_kernels.ops.slot_attention.spec import FLOAT, SPEC, sample
 
 CPU_BACKENDS = ["reference", "cpp"]
 Q, K, V = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
@@ -196,6 +198,18 @@ def test_bad_argument(change: dict[str, Any], error: type[Exception], message: s
     arguments = {"q": Q, "k": K, "v": V, **change}
     with pytest.raises(error, match="^slot_attention: " + re.escape(message)):
         slot_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.interpret
+def test_more_joint_slots_than_a_program_takes() -> None:
+    """What the heads share is computed first, and its gradient too."""
+    masks: dict[str, Any] = {"bias": True, "slot_mask": True, "input_mask": True, "return_attn": True}
+    for joint in (
+        sample("everything", 2, 20, 40, 17, 9, heads=3, scale=0.3, eps=1e-3, head_softmax="joint", **masks),
+        sample("k_alone", 1, 17, 33, 70, heads=2, eps=1e-2, eps_mode="denominator", head_softmax="joint"),
+    ):
+        for dtype in FLOAT[: 2 if joint.name == "everything" else 1]:
+            judge(conformance.compare(SPEC, joint, "triton", dtype))
 
 
 def test_what_triton_refuses() -> None:

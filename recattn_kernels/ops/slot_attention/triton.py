@@ -44,7 +44,6 @@ from recattn_kernels.triton_launch import (
     machine,
 )
 
-
 # Where joint heads have more, joint_kernel goes before: from 64 on, Triton's compiler for sm_100 fails on float32.
 MOST_ROWS_OF_GROUP = 32
 
@@ -79,6 +78,8 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
         num_warps = 4 if rows * block_d <= 1024 else 8
         if group > 1:  # a product of each head is kept beside the sum
             block_d, block_n, num_warps = min(block_d, 2048 // rows), 16, 8
+        elif joint and H > 1:  # what the heads share is read beside the rest
+            block_d, block_n = min(block_d, (2048 if backward else 4096) // rows), min(block_n, 32)
     else:
         block_d = max(16, min(widest, 64, 1024 // rows))
         block_n, num_warps = 16, 8
@@ -255,21 +256,28 @@ def example(
 def aot_variants(lanes: int, full: bool) -> Variants:
     """Launches that cover the kernels: the shapes of the workloads, the widest, every option, and rows out of line."""
     BF16, F16 = torch.bfloat16, torch.float16
-    some = ((BF16, 7, 64, False), (F16, 10, 512, True), (BF16, 7, 250, False), (F16, 24, 256, False))
+    some = (
+        (BF16, 7, 64, False), (F16, 10, 512, True), (BF16, 7, 250, False), (F16, 24, 256, False), (BF16, 24, 64, True)
+    )  # fmt: skip
     shapes = ((7, 64), (16, 256), (24, 256), (128, 512), (7, 60), (16, 250), (128, 500))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 16}))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in (False, True))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name, seen = "-".join(filter(None, words)), set()
         for shared in (2**16, 2**17) if full and lanes == 32 else (2**16,):  # every GPU's, and NVIDIA's for servers
             for launch in example(Machine(lanes, 132, shared), dtype, K, D, options):
+                apart = options and 2 * K > MOST_ROWS_OF_GROUP  # of joint heads no call leaves dk and dv to one pass
+                if apart and (launch.kernel is inputs_backward_kernel or not (full or launch.kernel is joint_kernel)):
+                    continue
                 kernel = launch.kernel.fn.__name__
                 if launch.kernel is inputs_backward_kernel:
                     kernel += f"-{launch.args['BLOCK_D']}"
                 elif launch.kernel is backward_kernel and launch.args["dk_ptr"] is None:
                     kernel += "-queries"
+                elif launch.kernel is joint_kernel and launch.args["average_ptr"] is not None:
+                    kernel += "-gradients"
                 # Of the others one is as good as another.
-                many = launch.kernel in (forward_kernel, backward_kernel, inputs_backward_kernel)
+                many = launch.kernel in (forward_kernel, backward_kernel, inputs_backward_kernel, joint_kernel)
                 if kernel not in seen and (i == 0 or (many and (full or "queries" not in kernel))):
                     seen.add(kernel)
                     yield Variant(f"{kernel}-{name}", launch, shared=shared)

@@ -343,9 +343,8 @@ def backward_kernel(
             keys, own_g, du_ptr, dattn_ptr, v_ptr, k_ptr, den, delta, row, head, valid, n, keep, v_stride_h, v_stride_n,
             k_stride_h, k_stride_n, N, E, GROUP, CHUNKS, BLOCK_N, BLOCK_D, TYPE, PRECISION,
         )  # fmt: skip
-        if most_ptr is None:
-            average = tl.sum(attn * grad, 0)
-        else:
+        average = tl.sum(attn * grad, 0)
+        if most_ptr is not None:
             average = tl.load(average_ptr + n, mask=keep, other=0.0)
         ds = attn * (grad - average[None, :])
         bias_total += tl.sum(ds, 1)
