@@ -205,7 +205,7 @@ def test_more_joint_slots_than_a_program_takes() -> None:
     """What the heads share is computed first, and its gradient too."""
     masks: dict[str, Any] = {"bias": True, "slot_mask": True, "input_mask": True, "return_attn": True}
     for joint in (
-        sample("everything", 2, 20, 40, 17, 9, heads=3, scale=0.3, eps=1e-3, head_softmax="joint", **masks),
+        sample("everything", 2, 17, 40, 17, 9, heads=2, scale=0.3, eps=1e-3, head_softmax="joint", **masks),
         sample("k_alone", 1, 17, 33, 70, heads=2, eps=1e-2, eps_mode="denominator", head_softmax="joint"),
     ):
         for dtype in FLOAT[: 2 if joint.name == "everything" else 1]:
@@ -218,5 +218,7 @@ def test_what_triton_refuses() -> None:
     assert "float64" in str(refusal(normalise(Q.double(), K.double())))
     assert refusal(normalise(torch.zeros(1, 128, 512), torch.zeros(1, 3, 512))) is None
     assert "K must be at most 128, got 129" in str(refusal(normalise(torch.zeros(1, 129, 4), torch.zeros(1, 3, 4))))
-    assert refusal(normalise(torch.zeros(1, 3, 128, 4), torch.zeros(1, 3, 3, 4), head_softmax="joint")) is None
+    for heads, slots, message in ((1, 128, None), (9, 64, None), (2, 65, "at most 64 where heads compete together")):
+        joint = normalise(torch.zeros(1, heads, slots, 4), torch.zeros(1, heads, 3, 4), head_softmax="joint")
+        assert (refusal(joint) is None) if message is None else (message in str(refusal(joint)))
     assert "at most 512, got 513" in str(refusal(normalise(torch.zeros(1, 2, 513), torch.zeros(1, 3, 513))))

@@ -79,7 +79,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor | None, joint: bool, on: Machine, backw
         if group > 1:  # a product of each head is kept beside the sum
             block_d, block_n, num_warps = min(block_d, 2048 // rows), 16, 8
         elif joint and H > 1:  # what the heads share is read beside the rest
-            block_d, block_n = min(block_d, (2048 if backward else 4096) // rows), min(block_n, 32)
+            block_d, block_n = min(block_d, 2048 // rows), min(block_n, 32)
     else:
         block_d = max(16, min(widest, 64, 1024 // rows))
         block_n, num_warps = 16, 8
@@ -259,8 +259,8 @@ def aot_variants(lanes: int, full: bool) -> Variants:
     some = (
         (BF16, 7, 64, False), (F16, 10, 512, True), (BF16, 7, 250, False), (F16, 24, 256, False), (BF16, 24, 64, True)
     )  # fmt: skip
-    shapes = ((7, 64), (16, 256), (24, 256), (128, 512), (7, 60), (16, 250), (128, 500))
-    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in (False, True))
+    shapes = ((7, 64), (16, 256), (24, 256), (64, 512), (128, 512), (7, 60), (16, 250), (64, 500), (128, 500))
+    more = tuple((d, K, D, f) for d in TYPES for K, D in shapes for f in sorted({False, K <= 64}))
     for i, (dtype, K, D, options) in enumerate(more if full else some):
         words = (str(dtype).removeprefix("torch."), f"K{K}", f"D{D}", "everything" * options)
         name, seen = "-".join(filter(None, words)), set()

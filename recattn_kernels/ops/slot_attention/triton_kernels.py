@@ -1,9 +1,10 @@
 """The Triton kernels of slot attention: a program takes a part of one sample's inputs, a block at a time.
 
 A sample is what one softmax goes over: a head, or, where they are joint, the GROUP heads of a row of the batch; its
-rows are the slots of its heads, padded to ROWS. Where a width is more than BLOCK_D, each of its chunks has programs of
-its own, which all compute A. An absent argument is None. ALIGNED: every row of q, k and v, and of their gradients,
-begins at a multiple of 16 numbers, so that a lane loads 16 bytes at once, and ahead of the products.
+rows are the slots of its heads, padded to ROWS. Joint heads of more slots are samples too, with the sums that they
+share, most, total and average, from triton_joint_kernels.py. Where a width is more than BLOCK_D, each of its chunks has
+programs of its own, which all compute A. An absent argument is None. ALIGNED: every row of q, k and v, and of their
+gradients, begins at a multiple of 16 numbers, so that a lane loads 16 bytes at once, and ahead of the products.
 """
 
 # mypy: ignore-errors
