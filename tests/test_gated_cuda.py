@@ -30,7 +30,9 @@ OPS = ("rnn", "lstm", "gru")
 # The others differ from these in what happens before a kernel is launched.
 SAMPLES = (
     "plain", "wide", "one_element", "many_rows", "everything", "everything_reverse", "everything_batch_first",
-    "no_steps", "no_rows", "no_units", "nan", "nan_past_the_end", "relu_everything_reverse",
+    "no_steps", "no_rows", "no_units", "nan", "nan_past_the_end", "relu_everything_reverse", "layer_norm",
+    "layer_norm_everything", "layer_norm_reverse", "original_plain", "original_wide", "original_everything",
+    "original_everything_reverse", "original_everything_batch_first", "original_no_steps", "original_nan",
 )  # fmt: skip
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 GPU = launch_plan.Gpu(multiprocessors=9, shared=100_000)

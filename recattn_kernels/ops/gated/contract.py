@@ -212,16 +212,19 @@ def triton_refusal(call: Call) -> str | None:
 def cuda_refusal(call: Call) -> str | None:
     """Why the CUDA kernels cannot run the call: what Triton's cannot they cannot either, and weight_hh has to fit."""
     reason = triton_refusal(call)
-    if reason is None and call.ln_weight is not None:
-        reason = "it has no layer normalisation, which needs all gates of a row at once"
-    if reason is None and call.cell == "gru_before":
-        reason = "it has no reset_after=False, whose two products depend on each other"
     # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.
     if reason is not None or torch.compiler.is_compiling():
         return reason
+    return launch_plan.refusal(problem_of(call), gpu.gpu_of(call.weight_hh.device))
+
+
+def problem_of(call: Call) -> launch_plan.Problem:
+    """What the forward of the call is to be laid out for."""
     weight_hh = call.weight_hh
-    exact, on = multiplies_exactly(weight_hh.dtype), gpu.gpu_of(weight_hh.device)
-    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, on)
+    return launch_plan.Problem(
+        call.gates, call.sizes[2], weight_hh.element_size(), multiplies_exactly(weight_hh.dtype), backward=False,
+        normed=call.ln_weight is not None, twice=call.direct < call.gates,
+    )  # fmt: skip
 
 
 def multiplies_exactly(weight_hh: torch.dtype) -> bool:

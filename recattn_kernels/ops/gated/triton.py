@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.gated import triton_normed as normed
 from recattn_kernels.ops.gated.contract import Call, Kept, empty_backward, empty_forward
-from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
+from recattn_kernels.ops.gated.products import norm_gradients, q_gradient, weight_gradient
 from recattn_kernels.ops.gated.triton_arguments import (
     REGISTERS,
     Config,
@@ -176,7 +176,7 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
                 dc0.copy_(dc)
         weight_gradient(call, kept, dq, dweight_hh)
         if sums is not None:
-            normed.parameter_gradients(sums, call, results)
+            norm_gradients(sums, call, results)
         elif call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     return results
