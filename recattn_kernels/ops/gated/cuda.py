@@ -82,10 +82,9 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
 
 
 def _common(call: Call, backward: bool) -> tuple[list[Tensor | None], tuple[Any, ...], launch_plan.Plan]:
-    """The tensors that have to live as long as their pointers, the arguments that both directions take, and the plan."""
-    (_, B, H), time = call.sizes, call.time
-    problem = problem_of(call)._replace(backward=backward)
-    plan = launch_plan.launch_plan(problem, B, gpu.gpu_of(call.x.device))
+    """Tensors that have to live as long as their pointers, the arguments that both directions take, and the plan."""
+    problem, time = problem_of(call)._replace(backward=backward), call.time
+    plan = launch_plan.launch_plan(problem, call.sizes[1], gpu.gpu_of(call.x.device))
     if isinstance(plan, str):
         raise backends.BackendUnavailableError(f"{call.op}: backend 'cuda' cannot run this call: {plan}")
     workspace = call.x.new_empty(plan.workspace, dtype=torch.uint8)

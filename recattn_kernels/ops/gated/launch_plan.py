@@ -111,6 +111,13 @@ def shared_bytes(problem: Problem, units: int, rows: int) -> int:
     return weights + parts + stages + problem.states * rows * units * 4 + ceil_div(biases, 4) * 16 + rows * 4 + table
 
 
+def laid_out(problem: Problem, units: int, rows: int, groups: int) -> Plan:
+    slices = ceil_div(problem.H, units)
+    pairs = problem.pairs * ceil_div(slices, 2) * 2 * PAIR
+    workspace = groups * (rows * (2 * problem.segments * SEGMENT + pairs) + COUNTER)
+    return Plan(units, rows, slices, groups, shared_bytes(problem, units, rows), workspace)
+
+
 def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
     for row_tiles in range(1, ROW_TILES + 1):
         most = row_tiles * ROW_TILE // problem.weight_rows(1)
@@ -120,13 +127,10 @@ def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
         units = ceil_div(problem.H, slices)
         slices = ceil_div(problem.H, units)
         for rows in range(COLUMN_TILE, min(ROWS, ceil_div(B, COLUMN_TILE) * COLUMN_TILE) + 1, COLUMN_TILE):
-            shared = shared_bytes(problem, units, rows)
-            if shared > gpu.shared:
+            plan = laid_out(problem, units, rows, min(gpu.multiprocessors // slices, ceil_div(B, rows)))
+            if plan.shared > gpu.shared:
                 break
-            groups = min(gpu.multiprocessors // slices, ceil_div(B, rows))
-            pairs = problem.pairs * ceil_div(slices, 2) * 2 * PAIR
-            workspace = groups * (rows * (2 * problem.segments * SEGMENT + pairs) + COUNTER)
-            yield Plan(units, rows, slices, groups, shared, workspace)
+            yield plan
 
 
 def step_cycles(problem: Problem, plan: Plan) -> float:
