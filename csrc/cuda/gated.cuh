@@ -6,6 +6,9 @@
 // turn: two places take turns, since a block may write the next while another still reads the last. How far all have
 // come is counted in global memory, by release and acquire; the launch is cooperative, or a block might wait for one
 // that has not begun.
+//
+// All meet once in a step, and once more in between for each mean over a row that a layer norm needs (gated_norm.cuh),
+// and in gru_before for r * h, which is multiplied after h: the two then have one of the two places each.
 #pragma once
 
 #include "gated_product.cuh"
@@ -41,7 +44,7 @@ RECATTN_FN int64_t pair_bytes(const GatedPlan& plan, const Layout& layout) {
   return int64_t(layout.met) * plan.groups * plan.rows * pairs_of_row(plan) * int64_t(sizeof(Pair));
 }
 
-// One unit of one row of the batch. It has the same thread in every step.
+// One unit of one row of the batch. It has the same thread in every step, if not in multiply() that of each_place().
 struct Place {
   int64_t b, n;
   int row, unit;  // in the block

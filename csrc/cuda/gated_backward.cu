@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     }
   };
   const auto row_of = [&](const Place& at) { return grads + at.row * columns + at.unit; };
-  // What LN(c) takes the mean of, for the step after next meeting.
+  // c of the step to come, of which the mean is needed there before anything else.
   const auto leave_c = [&] {
     __syncthreads();
     norm.leave_moments(OF_C, grads, 1);
@@ -328,7 +328,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       const Inputs<C> here = first;
       const bool more = step + 1 < p.T;
       if (more) {
-        block.template prefetch_rows<G>({p.normed, p.B * G * p.H, G * p.H}, Dtype::float32, time_of(p, step + 1), steps);
+        const Sequence kept{p.normed, p.B * G * p.H, G * p.H};
+        block.template prefetch_rows<G>(kept, Dtype::float32, time_of(p, step + 1), steps);
         if (NORMED_C) expect(step + 1);
       }
       block.wait();

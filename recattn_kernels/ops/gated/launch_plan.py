@@ -1,9 +1,9 @@
 """How the persistent CUDA kernels of rnn, lstm and gru are laid out on a GPU, or why they cannot be.
 
-All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step. A block has
-`units` of the H hidden units and `rows` of the batch. As many blocks as there are `slices` cover H together, and
-exchange what they compute; each group of them has rows of its own and knows nothing of the others. A batch that needs
-more groups than fit is taken in several passes.
+All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step, once or more
+(Problem.meetings). A block has `units` of the H hidden units and `rows` of the batch. As many blocks as there are
+`slices` cover H together, and exchange what they compute; each group of them has rows of its own and knows nothing of
+the others. A batch that needs more groups than fit is taken in several passes.
 
 Forward, a block's weights are the rows of W_hh of its units, of all gates; backward, the columns.
 """
