@@ -1,9 +1,9 @@
 """rnn, lstm and gru on an NVIDIA GPU, in one launch a direction: hands pointers and strides to csrc/cuda/gated_*.cu.
 
 weight_hh stays in shared memory over all steps, and blocks exchange states through the second-level cache, as they do
-what rows are normalised by: every mean over a row is one more wait for all blocks in a step, and so is the second product
-of reset_after=False. The products are taken in weight_hh's type and summed in float32. The kernels have been run on a
-CPU, in emulation, and not yet on a GPU: nothing is known of their speed.
+what rows are normalised by: each mean over a row is one more wait for all blocks in a step, and so is the second
+product of reset_after=False. The products are taken in weight_hh's type and summed in float32. The kernels have been
+run on a CPU, in emulation, and not yet on a GPU: nothing is known of their speed.
 """
 
 from __future__ import annotations
