@@ -156,16 +156,15 @@ def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> No
         judge(conformance.compare(registry.find(op), sample, "cuda", torch.float32))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_more_slices_than_a_warp_reads_at_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_slices_than_a_warp_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what rows are normalised by. An odd number of slices."""
 
     def one_unit_each(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
         return launch_plan.laid_out(problem, units=1, rows=8, groups=1)
 
     monkeypatch.setattr(launch_plan, "launch_plan", one_unit_each)
-    _, normed, *_ = variants(op, 2, 3, 67)
-    judge(conformance.compare(registry.find(op), normed, "cuda", torch.float32))
+    _, normed = variants("lstm", 2, 3, 67)
+    judge(conformance.compare(registry.find("lstm"), normed, "cuda", torch.float32))
 
 
 @pytest.mark.parametrize("op", OPS)
