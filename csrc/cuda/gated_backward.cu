@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (step == p.T) break;
 
     if constexpr (C == Cell::gru_before) {
-      // dr from the gradient of r * h, dn W_hn
+      // d(r * h) = dn W_hn;  dr = d(r * h) * h * r * (1 - r);  dh' += d(r * h) * r
       block.arrive();
       block.wait();
       block.multiply(product, turn + 1, product.of_inner(2 * p.H, 3 * p.H), [&](int i, const Place& at, auto sum) {
@@ -304,6 +304,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       });
     }
     if constexpr (NORMED_C) {
+      // d = dL/dLN(c) * weight;  dc += rstd * (d - mean(d) - normed * mean(d * normed))
       __syncthreads();
       norm.leave_sums(THROUGH_C, grads, grads + units, ln_c_weight, 1);
       block.arrive();

@@ -72,8 +72,8 @@ struct Gated {
   Dtype dtype;             // of the sequences
   bool tf32;               // whether float32 may be multiplied as TF32
   Plain weight_hh;         // (G*H, H); its type is that of the product
-  Plain ln_weight, ln_bias;      // (G*H,); absent: no layer norm
-  Plain ln_c_weight, ln_c_bias;  // (H,), of the lstm's c
+  // (G*H,), and (H,) of the lstm's c; absent: no layer norm
+  Plain ln_weight, ln_bias, ln_c_weight, ln_c_bias;
   Mask reset;              // (T, B)
   const int64_t* lengths;  // (B,) or null; clamped to [0, T]
   bool reverse;
@@ -88,7 +88,7 @@ struct GatedForward : Gated {
   Plain bias_hh;  // (G*H,)
   Plain h0, c0;   // (B, H)
   Sequence x, output;
-  Plain h_n, c_n;        // (B, H)
+  Plain h_n, c_n;  // (B, H)
   // Kept for the backward, or null. normed: W_hh h, normalised; rstd: by what it was multiplied.
   float *gates, *cells, *normed, *rstd;  // (T, B, KEPT*H), (T, B, H), (T, B, G*H), (T, B)
 };
@@ -96,11 +96,12 @@ struct GatedForward : Gated {
 struct GatedBackward : Gated {
   Plain h0, c0;  // (B, H)
   Sequence grad_output, output;
-  Sequence gates;      // as kept, float32
+  Sequence gates;                // as kept, float32
   float *cells, *normed, *rstd;  // as kept
   Sequence grad_x;
-  Sequence grad_q;           // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
-  float* sums;  // (ceil(B / plan.rows), (2*G + 2)*H): dL/dln_weight, _bias, _c_weight, _c_bias of those rows
+  Sequence grad_q;  // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
+  // Of each plan.rows rows of the batch dL/dln_weight, dL/dln_bias and, in the lstm, dL/dln_c_weight, dL/dln_c_bias.
+  float* sums;
   Plain grad_h_n, grad_c_n;  // (B, H)
   Plain grad_h0, grad_c0;    // (B, H)
   float grad_clip;           // infinity: no clipping
