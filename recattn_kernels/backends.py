@@ -37,7 +37,8 @@ def _checked(name: Any, source: str) -> str:
 
 
 # A module global, not a ContextVar: a compiled graph guards on it, where a ContextVar would break the graph.
-_current = _checked(os.environ.get("RECATTN_BACKEND") or "auto", "RECATTN_BACKEND")
+# What the environment says is looked at when a call asks: an import that fails leaves a command no words of its own.
+_current = os.environ.get("RECATTN_BACKEND") or "auto"
 
 
 class use_backend:
@@ -68,10 +69,8 @@ class use_backend:
 def requested(op: str, name: str | None) -> str:
     """The backend that a call asks for: its argument, else use_backend's, else RECATTN_BACKEND's, else auto."""
     if name is None:
-        return _current
-    if name not in NAMES:
-        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}, got {name!r}")
-    return name
+        return _current if _current in NAMES else _checked(_current, f"{op}: RECATTN_BACKEND")
+    return name if name in NAMES else _checked(name, f"{op}: backend")
 
 
 def under_transform() -> bool:

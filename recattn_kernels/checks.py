@@ -140,14 +140,14 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
         for n in value:
             if abs(n) >= 2**63:
                 raise ValueError(f"{op}: lengths must lie in [0, T] = [0, {steps}], got {n}")
-        value = torch.tensor(value, dtype=torch.int64)
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
     elif not isinstance(value, Tensor):
         raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {type(value).__name__}")
     tensor(op, "lengths", value)
     result: Tensor = value
     dtype(op, "lengths", result, (torch.int64,))
     shape(op, "lengths", result, "(B,)", (batch,))
-    if result.device.type not in ("cpu", "meta"):
+    if result.device.type != "cpu":
         device(op, "lengths", result, beside, x)
     elif not torch.compiler.is_compiling():
         length_values(op, result, steps)

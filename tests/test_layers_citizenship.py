@@ -179,6 +179,38 @@ def test_meta_device(case: Case) -> None:
 
 
 @every_layer
+def test_symbolic_trace(case: Case) -> None:
+    """As a layer of torch.nn a leaf, one node of the graph."""
+    layer = case.make()
+    inputs = inputs_of(case, layer)
+    forward = [
+        lambda self, a: self.layer(a), lambda self, a, b: self.layer(a, b), lambda self, a, b, c: self.layer(a, b, c)
+    ][len(inputs) - 1]  # fmt: skip
+    model = type("Traced", (nn.Module,), {"forward": forward})()
+    model.layer = layer
+    traced = torch.fx.symbolic_trace(model)
+    assert [(n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder"][0] == ("call_module", "layer")
+    alone = copy.deepcopy(model)
+    assert_same(run(traced, inputs), run(alone, inputs))
+
+
+def test_what_is_not_a_leaf() -> None:
+    """What would run twice, once while it is traced and once in the node, and the root, which is in no graph."""
+
+    class Halved(rk.LSTM):
+        def forward(self, input: Tensor, hx: Any = None, **options: Any) -> Any:
+            return super().forward(input / 2, hx, **options)
+
+    hooked = rk.GRU(D, H)
+    hooked.register_forward_hook(lambda module, args, result: result)
+    for layer in (Halved(D, H), hooked):
+        with pytest.raises(TypeError, match="torch.fx cannot trace into this layer"):
+            torch.fx.symbolic_trace(nn.Sequential(layer))
+    with pytest.raises(TypeError, match="IndRNN: torch.fx traces a model of which this layer is a part"):
+        torch.fx.symbolic_trace(rk.IndRNN(D, H))
+
+
+@every_layer
 def test_a_batch_of_gradients(case: Case) -> None:
     """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
     layer = case.make().eval()

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from recattn_kernels import checks
 from recattn_kernels.layers.gated_base import Gated, States
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
+from recattn_kernels.layers.tracing import Proxy, leaf
 
 
 class Layer(Gated, nn.RNNBase):
@@ -40,6 +41,8 @@ class Layer(Gated, nn.RNNBase):
         lengths: Tensor | list[int] | None = None,
         reset: Tensor | None = None,
     ) -> Any:
+        if isinstance(input, Proxy):
+            return leaf(Layer.forward, self, input, hx=hx, lengths=lengths, reset=reset)
         name = self._vendor.__name__
         extras = ["lengths"] if lengths is not None else []
         if reset is not None:

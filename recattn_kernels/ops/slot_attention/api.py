@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.operator import Call, Operator
@@ -126,6 +127,8 @@ def slot_attention(
 
     Source: Locatello et al., "Object-centric learning with slot attention", NeurIPS 2020.
     """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(slot_attention, (q, k, v), **locals())
     call = normalise(
         q, k, v, scale=scale, eps=eps, eps_mode=eps_mode, bias=bias, slot_mask=slot_mask, input_mask=input_mask,
         head_softmax=head_softmax, return_attn=return_attn,
