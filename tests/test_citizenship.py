@@ -328,7 +328,7 @@ class Subclass(torch.Tensor):
 
 @pytest.mark.parametrize("spec", OP)
 def test_torch_function(spec: OpSpec) -> None:
-    """As one of torch's own functions: a mode sees one call, a subclass stays one, and torch.fx makes one node of it."""
+    """As one of torch's own functions: a mode sees one call, a subclass stays one, torch.fx makes it one node."""
     (x, *rest), kwargs = arguments(next(s for s in spec.samples if s.name == "plain"), torch.float32)
     seen = []
 

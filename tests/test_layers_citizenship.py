@@ -189,7 +189,7 @@ def test_symbolic_trace(case: Case) -> None:
     model = type("Traced", (nn.Module,), {"forward": forward})()
     model.layer = layer
     traced = torch.fx.symbolic_trace(model)
-    assert [(n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder"][0] == ("call_module", "layer")
+    assert next((n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder") == ("call_module", "layer")
     alone = copy.deepcopy(model)
     assert_same(run(traced, inputs), run(alone, inputs))
 
@@ -204,9 +204,9 @@ def test_what_is_not_a_leaf() -> None:
     hooked = rk.GRU(D, H)
     hooked.register_forward_hook(lambda module, args, result: result)
     for layer in (Halved(D, H), hooked):
-        with pytest.raises(TypeError, match="torch.fx cannot trace into this layer"):
+        with pytest.raises(TypeError, match=r"torch\.fx cannot trace into this layer"):
             torch.fx.symbolic_trace(nn.Sequential(layer))
-    with pytest.raises(TypeError, match="IndRNN: torch.fx traces a model of which this layer is a part"):
+    with pytest.raises(TypeError, match=r"IndRNN: torch\.fx traces a model of which this layer is a part"):
         torch.fx.symbolic_trace(rk.IndRNN(D, H))
 
 
