@@ -156,6 +156,9 @@ def _plain_keys(device_type: str) -> tuple[Any, ...]:
     return tuple(keys)
 
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def dispatches(*inputs: Tensor | None) -> bool:
     """True where an op must go through torch's dispatcher, for what listens there: tracing, modes, or a key of a tensor
     that is more than numbers on a device (fake, meta, a subclass, a lazy negation, ...).
@@ -163,7 +166,9 @@ def dispatches(*inputs: Tensor | None) -> bool:
     Where nothing listens the op's function is called directly: the dispatcher's way through Python costs about 10 us a
     call, and some 50 us where another model has run in between and the interpreter's code is out of the caches.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
+        return True
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True)
         return True
     for x in inputs:  # not any(...): a generator is a call more for every tensor
         if x is not None and (x.is_meta or torch._C._dispatch_keys(x) not in _plain_keys(x.device.type)):

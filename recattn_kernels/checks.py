@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recattn_kernels import backends
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -155,8 +157,12 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
 
 
 def length_values(op: str, value: Tensor, steps: int) -> None:
-    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device."""
+    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device. One that is
+    traced has no values yet; there the op looks when it runs.
+    """
     if value.device.type != "cpu" or value.numel() == 0 or torch._C._are_functorch_transforms_active():
+        return
+    if backends.dispatches(value):
         return
     low, high = (int(v) for v in torch.aminmax(value))
     if low < 0 or high > steps:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import recattn_kernels
@@ -167,6 +168,22 @@ def test_opcheck(spec: OpSpec, sample: Sample) -> None:
         if not op.name().endswith("_backward"):
             detached = [a.requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in detached]
         torch.library.opcheck(op, tuple(detached))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["jit", "make_fx"])
+@pytest.mark.parametrize(("spec", "sample"), FULL)
+def test_traced_without_gradients(spec: OpSpec, sample: Sample, how: str) -> None:
+    """What is traced is the op, and not the memory in which its result happened to be."""
+    function = AsFunction(spec, sample, torch.float32)
+    inputs = tuple(t.detach() for t in function.inputs)
+    with torch.no_grad():
+        if how == "jit":
+            traced = torch.jit.trace(lambda *inputs: function(*inputs), inputs, check_trace=False)
+        else:
+            traced = make_fx(function, pre_dispatch=True)(*inputs)
+        others = [t / 2 for t in inputs]
+        torch.testing.assert_close(traced(*others), function(*others))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -117,9 +117,11 @@ INPUTS: dict[str, Callable[[Any, Callable[..., Tensor]], tuple[Any, ...]]] = {
 every_layer = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.variant}" for case in CASES])
 
 
-def inputs_of(case: Case, layer: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def inputs_of(
+    case: Case, layer: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float = 1.0
+) -> Any:
     generator = torch.Generator().manual_seed(1)
-    return INPUTS[case.name](layer, lambda *shape: torch.randn(shape, generator=generator).to(device, dtype))
+    return INPUTS[case.name](layer, lambda *shape: (scale * torch.randn(shape, generator=generator)).to(device, dtype))
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -192,6 +194,34 @@ def test_symbolic_trace(case: Case) -> None:
     assert next((n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder") == ("call_module", "layer")
     alone = copy.deepcopy(model)
     assert_same(run(traced, inputs), run(alone, inputs))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_layer
+def test_jit_trace(case: Case) -> None:
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    others = inputs_of(case, layer, scale=0.5)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, inputs, check_trace=False)
+        results = []
+        for run_layer in (traced, layer):
+            torch.manual_seed(0)
+            results.append(tensors(run_layer(*others)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["RecurrentAttention", "AttentionLSTMCell"])
+def test_an_exported_program_that_returns_names(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, inputs), file)
+    found = torch.export.load(io.BytesIO(file.getvalue())).module()(*inputs)
+    expected = layer(*inputs)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(tuple(found), tuple(expected))
 
 
 def test_what_is_not_a_leaf() -> None:

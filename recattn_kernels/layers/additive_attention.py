@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes
@@ -146,6 +147,10 @@ class AttentionStep(NamedTuple):
     c: Tensor  # (B, hidden_size)
     context: Tensor  # (B, key_dim), gated: what the LSTM read
     weights: Tensor  # (B, N)
+
+
+# Without a name a program that torch.export has made cannot be saved.
+_register_namedtuple(AttentionStep, serialized_type_name="recattn_kernels.AttentionStep")
 
 
 class AttentionLSTMCell(nn.Module):

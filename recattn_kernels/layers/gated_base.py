@@ -49,6 +49,7 @@ class Gated(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
+    dropout: float = 0.0  # of a layer: cells have none
 
     def __init__(
         self,
@@ -194,6 +195,12 @@ class Gated(nn.Module):
         dtype = projected_dtype(input, input.dtype)
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
             T, B = 1 if T == 1 else MANY, MANY
+        weight_hh = self._weight_hh()  # once: a parametrisation computes it anew each time
+        needs_grad = differentiates and (input.requires_grad or weight_hh.requires_grad)
+        if self.training and self.dropout > 0:
+            # torch.nn's kernels draw another mask from the same random numbers, and what checkpoint() first computes
+            # without a gradient and then with one has to be the same.
+            needs_grad = True
         vendor = (
             getattr(self, "proj_size", 0) > 0
             or vendor_is_faster(
@@ -204,9 +211,9 @@ class Gated(nn.Module):
                 B=B,
                 H=self.hidden_size,
                 packed=packed is not None,
-                needs_grad=differentiates and (input.requires_grad or self._weight_hh().requires_grad),
+                needs_grad=needs_grad,
             )
-            or not fused_runs(self._op, self._cell, self._weight_hh(), dtype, T, B, packed)
+            or not fused_runs(self._op, self._cell, weight_hh, dtype, T, B, packed)
         )
         return "vendor" if vendor else name
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import autocasts
@@ -29,6 +30,10 @@ class RecurrentAttentionOutput(NamedTuple):
     baselines: Tensor
     glimpses: Tensor
     steps: Tensor
+
+
+# Without a name a program that torch.export has made cannot be saved.
+_register_namedtuple(RecurrentAttentionOutput, serialized_type_name="recattn_kernels.RecurrentAttentionOutput")
 
 
 def reinforce_loss(output: RecurrentAttentionOutput, target: Tensor, *, glimpse_cost: float = 0.0) -> Tensor:
