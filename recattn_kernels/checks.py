@@ -157,7 +157,7 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
 
 
 def length_values(op: str, value: Tensor, steps: int) -> None:
-    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device. One that is
+    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device. What is
     traced has no values yet; there the op looks when it runs.
     """
     if value.device.type != "cpu" or value.numel() == 0 or torch._C._are_functorch_transforms_active():

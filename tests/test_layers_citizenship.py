@@ -171,6 +171,13 @@ def test_dtype(case: Case) -> None:
 
 
 @every_layer
+def test_skip_init(case: Case) -> None:
+    layer, expected = nn.utils.skip_init(type(case.make()), *case.required, **case.options), case.make()
+    layer.load_state_dict(expected.state_dict())
+    assert_same(run(layer, inputs_of(case, layer)), run(expected, inputs_of(case, expected)))
+
+
+@every_layer
 def test_meta_device(case: Case) -> None:
     layer, expected = case.make(device="meta"), case.make()
     assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))

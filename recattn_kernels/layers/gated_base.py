@@ -59,6 +59,8 @@ class Gated(nn.Module):
         recurrent_dropout: float = 0.0,
         grad_clip: float | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         name = self._vendor.__name__
@@ -71,6 +73,8 @@ class Gated(nn.Module):
         if grad_clip is not None:
             checks.positive(name, "grad_clip", grad_clip)
         backends.requested(name, backend)
+        # Named here for torch.nn.utils.skip_init, which looks for them; a cell of torch.nn takes them by position too.
+        kwargs |= {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         super().__init__(*args, **kwargs)
         self.layer_norm = layer_norm
         self.zoneout = zoneout
