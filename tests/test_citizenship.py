@@ -343,6 +343,7 @@ class Subclass(torch.Tensor):
     """With the __torch_function__ of every subclass that does not write its own."""
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("spec", OP)
 def test_torch_function(spec: OpSpec) -> None:
     """As one of torch's own functions: a mode sees one call, a subclass stays one, torch.fx makes it one node."""
@@ -358,11 +359,13 @@ def test_torch_function(spec: OpSpec) -> None:
         expected = spec.function(x, *rest, **kwargs)
     assert seen == [spec.function]
     results = tensors(spec.function(x.detach().as_subclass(Subclass), *rest, **kwargs))
+    compiled = torch.compile(spec.function, backend="eager", fullgraph=True)
+    results += tensors(compiled(x.detach().as_subclass(Subclass), *rest, **kwargs))
     assert all(type(t) is Subclass for t in results)
     graph = torch.fx.symbolic_trace(lambda x: spec.function(x, *rest, **kwargs))
     assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [spec.function]
-    for found in (results, tensors(graph(x))):
-        torch.testing.assert_close([t.as_subclass(Tensor) for t in found], tensors(expected), rtol=0, atol=0)
+    plain = [t.as_subclass(Tensor) for t in (*results, *tensors(graph(x)))]
+    torch.testing.assert_close(plain, 3 * tensors(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("spec", FUSED_ON_CPU)

@@ -194,7 +194,7 @@ class Gated(nn.Module):
                 )
             return name
         # torch.nn refuses empty sequences, and a transform is followed by the reference alone.
-        if extras or T == 0 or backends.under_transform():
+        if extras or T == 0 or backends.under_transform() or input.dtype not in checks.FLOATING:
             return name
         dtype = projected_dtype(input, input.dtype)
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export

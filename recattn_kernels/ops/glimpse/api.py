@@ -176,7 +176,7 @@ def glimpse(
 
     Source: Mnih, Heess, Graves and Kavukcuoglu, "Recurrent models of visual attention", 2014.
     """
-    if has_torch_function((image, loc)):
+    if has_torch_function((image, loc)) and not torch.compiler.is_compiling():
         return handle_torch_function(glimpse, (image, loc), **locals())
     call = normalise(
         image, loc, size, scales=scales, scale_factor=scale_factor, zoom=zoom, mode=mode, padding=padding,

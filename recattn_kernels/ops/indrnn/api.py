@@ -167,7 +167,7 @@ def indrnn(
     Source: Li, Li, Cook, Zhu and Gao, "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper
     RNN", CVPR 2018, arXiv:1803.04831.
     """
-    if has_torch_function((x, weight_hh, h0)):
+    if has_torch_function((x, weight_hh, h0)) and not torch.compiler.is_compiling():
         return handle_torch_function(indrnn, (x, weight_hh, h0), **locals())
     call = normalise(
         x,

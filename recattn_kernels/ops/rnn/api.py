@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -94,7 +95,7 @@ def rnn(
     Sources: Elman, "Finding structure in time", 1990; zoneout: Krueger et al., arXiv:1606.01305; layer normalisation:
     Ba, Kiros and Hinton, arXiv:1607.06450.
     """
-    if has_torch_function((x, weight_hh, h0)):
+    if has_torch_function((x, weight_hh, h0)) and not torch.compiler.is_compiling():
         return handle_torch_function(rnn, (x, weight_hh, h0), **locals())
     call = normalise(
         x, weight_hh, h0, nonlinearity=nonlinearity, bias_hh=bias_hh, reset=reset, lengths=lengths, reverse=reverse,
