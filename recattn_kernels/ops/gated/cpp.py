@@ -33,7 +33,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
 
 
-def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
     dtype, time = compute_dtype(call.x.dtype), call.time
     T, B, H = call.sizes
     GH = call.gates * H
@@ -45,6 +45,8 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
     dq = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
     parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
+    if not needs_weight:
+        parameters["weight_hh"] = None
     found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
     holds, common = _common(call, dtype)
     cpu().gated_backward(
