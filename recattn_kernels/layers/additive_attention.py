@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import LSTMCell
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.gated.api import pair
@@ -109,6 +111,11 @@ class AdditiveAttention(nn.Module):
         projected: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(query, Proxy):
+            return leaf(
+                AdditiveAttention.forward, self, query, keys, values=values, mask=mask, projected=projected,
+                return_weights=return_weights,
+            )  # fmt: skip
         _check("AdditiveAttention", "query", query, "(B, query_dim)", self.query_dim, self.weight)
         if values is None:
             values = keys
@@ -140,6 +147,10 @@ class AttentionStep(NamedTuple):
     c: Tensor  # (B, hidden_size)
     context: Tensor  # (B, key_dim), gated: what the LSTM read
     weights: Tensor  # (B, N)
+
+
+# Without a name a program that torch.export has made cannot be saved.
+_register_namedtuple(AttentionStep, serialized_type_name="recattn_kernels.AttentionStep")
 
 
 class AttentionLSTMCell(nn.Module):
@@ -233,6 +244,8 @@ class AttentionLSTMCell(nn.Module):
         mask: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> AttentionStep:
+        if isinstance(input, Proxy):
+            return leaf(AttentionLSTMCell.forward, self, input, state, keys, mask=mask, projected=projected)
         _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size, self.attention.weight)
         h, c = pair("AttentionLSTMCell", "state", state, "a pair of Tensors (h, c)")
         if state is None:

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
 from recattn_kernels.layers.options import changed_options, from_generator
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
@@ -28,6 +30,10 @@ class RecurrentAttentionOutput(NamedTuple):
     baselines: Tensor
     glimpses: Tensor
     steps: Tensor
+
+
+# Without a name a program that torch.export has made cannot be saved.
+_register_namedtuple(RecurrentAttentionOutput, serialized_type_name="recattn_kernels.RecurrentAttentionOutput")
 
 
 def reinforce_loss(output: RecurrentAttentionOutput, target: Tensor, *, glimpse_cost: float = 0.0) -> Tensor:
@@ -215,6 +221,8 @@ class RecurrentAttention(nn.Module):
     def forward(
         self, image: Tensor, *, samples: int = 1, generator: torch.Generator | None = None
     ) -> RecurrentAttentionOutput:
+        if isinstance(image, Proxy):
+            return leaf(RecurrentAttention.forward, self, image, samples=samples, generator=generator)
         self._check(image, samples)
         B, M, T = image.shape[0], samples, self.num_glimpses
         weight = self.classifier.weight

@@ -42,7 +42,7 @@ def backward(
     else:
         parts = None
         if grad_loc is not None:
-            parts = torch.empty((*loc.shape[:2], options[2], 3), dtype=torch.float64)
+            parts = loc.new_empty((*loc.shape[:2], options[2], 3), dtype=torch.float64)
         cpu().glimpse_backward(
             _arguments(image, loc, zoom, *options), grad.data_ptr(), pointer(grad_image), pointer(grad_loc),
             pointer(grad_zoom), pointer(parts),
