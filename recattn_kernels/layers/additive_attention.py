@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import LSTMCell
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, savable
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.gated.api import pair
@@ -140,6 +139,7 @@ class AdditiveAttention(nn.Module):
         return ", ".join(options + changed_options(self, activation="tanh", bias=True, backend=None))
 
 
+@savable
 class AttentionStep(NamedTuple):
     """What a step of :class:`AttentionLSTMCell` gives."""
 
@@ -147,10 +147,6 @@ class AttentionStep(NamedTuple):
     c: Tensor  # (B, hidden_size)
     context: Tensor  # (B, key_dim), gated: what the LSTM read
     weights: Tensor  # (B, N)
-
-
-# Without a name a program that torch.export has made cannot be saved.
-_register_namedtuple(AttentionStep, serialized_type_name="recattn_kernels.AttentionStep")
 
 
 class AttentionLSTMCell(nn.Module):

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
 from recattn_kernels.layers.options import changed_options, from_generator
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, savable
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
 
 
+@savable
 class RecurrentAttentionOutput(NamedTuple):
     """What RecurrentAttention returns; see there."""
 
@@ -30,10 +30,6 @@ class RecurrentAttentionOutput(NamedTuple):
     baselines: Tensor
     glimpses: Tensor
     steps: Tensor
-
-
-# Without a name a program that torch.export has made cannot be saved.
-_register_namedtuple(RecurrentAttentionOutput, serialized_type_name="recattn_kernels.RecurrentAttentionOutput")
 
 
 def reinforce_loss(output: RecurrentAttentionOutput, target: Tensor, *, glimpse_cost: float = 0.0) -> Tensor:

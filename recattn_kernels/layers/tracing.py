@@ -1,7 +1,8 @@
-"""torch.fx: a layer is one node of the graph that symbolic_trace() makes of a model, as torch.nn's are.
+"""What torch.fx and torch.export need to know of the layers.
 
-A Tracer takes the modules of torch.nn for leaves, and calls forward of all others on Proxies. Ours asks for shapes and
-dtypes, which a Proxy does not have; so forward gives what the Tracer would have given for a leaf.
+torch.fx: a layer is one node of the graph that symbolic_trace() makes of a model, as torch.nn's are. A Tracer takes the
+modules of torch.nn for leaves, and calls forward of all others on Proxies. Ours asks for shapes and dtypes, which a
+Proxy does not have; so forward gives what the Tracer would have given for a leaf.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 Result = TypeVar("Result")
+Class = TypeVar("Class", bound=type)
 Proxy: Any = torch.fx.Proxy  # to mypy nothing that forward takes can be one
 
 
@@ -35,3 +38,13 @@ def leaf(forward: Callable[..., Result], module: nn.Module, input: Any, *args: A
     given = {key: value for key, value in kwargs.items() if value is not None}
     node: Result = input.tracer.create_proxy("call_module", path, (input, *args), given)
     return node
+
+
+def savable(cls: Class) -> Class:
+    """A NamedTuple by whose name torch.export.save() finds it again: without it refuses what returns one.
+
+    torch's refusal names the function, for all that it is private; a torch without it goes on refusing.
+    """
+    if hasattr(_pytree, "_register_namedtuple"):
+        _pytree._register_namedtuple(cls, serialized_type_name=f"recattn_kernels.{cls.__name__}")
+    return cls
