@@ -50,8 +50,8 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     return output, h_n, c_n, kept
 
 
-def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
-    results = empty_backward(call)
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
+    results = empty_backward(call, needs_weight)
     dx, dweight_hh, dh0, dc0, dbias_hh = results[:5]
     _, B, H = call.sizes
     if B * H == 0:
@@ -73,7 +73,8 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
             sequence(dx, call.time), sequence(None if dq is dx else dq, call.time), typed(dh_n), typed(dc_n),
             typed(dh0), typed(dc0), 0 if sums is None else sums.data_ptr(),
         )  # fmt: skip
-        weight_gradient(call, kept, dq, dweight_hh)
+        if needs_weight:
+            weight_gradient(call, kept, dq, dweight_hh)
         if sums is not None:
             norm_gradients(sums, call, results)
         elif call.bias_hh is not None:

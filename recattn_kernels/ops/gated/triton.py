@@ -151,8 +151,8 @@ def backward_step(
     return tuple(step_launch(kernel, call, on, own) for kernel in kernels)
 
 
-def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
-    results = empty_backward(call)
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
+    results = empty_backward(call, needs_weight)
     dx, dweight_hh, dh0, dc0, dbias_hh = results[:5]
     grad_output, grad_h_n, grad_c_n = grads
     (T, B, H), on = call.sizes, machine(call.x)
@@ -174,7 +174,8 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
                 dh0.copy_(dh + through_first(call, dq))
             if call.c0 is not None and dc is not None:
                 dc0.copy_(dc)
-        weight_gradient(call, kept, dq, dweight_hh)
+        if needs_weight:
+            weight_gradient(call, kept, dq, dweight_hh)
         if sums is not None:
             norm_gradients(sums, call, results)
         elif call.bias_hh is not None:
