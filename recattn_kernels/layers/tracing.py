@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree
 
 Result = TypeVar("Result")
 Class = TypeVar("Class", bound=type)
-Proxy: Any = torch.fx.Proxy  # to mypy nothing that forward takes can be one
+Proxy: Any = fx.Proxy  # to mypy nothing that forward takes can be one
 
 
 def leaf(forward: Callable[..., Result], module: nn.Module, input: Any, *args: Any, **kwargs: Any) -> Result:
