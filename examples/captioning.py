@@ -44,7 +44,7 @@ import torch
 import typer
 from captioning_model import GRID, Baseline, Caption, Captioner, Options, beam_search, loss_of
 from captioning_scenes import SIZE, WORDS, Scene, decode, draw_scenes, encode, images
-from checkpoints import check_left, check_resumed, load, save
+from checkpoints import check_left, check_resumed, load, options_of, restoring, save
 from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -105,11 +105,12 @@ def train(
     step, earlier = 0, 0.0
     curve: list[dict[str, float]] = []
     if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random_state"])
-        baseline = Baseline(*checkpoint["baseline"])
-        step, earlier, curve = checkpoint["step"], checkpoint["elapsed"], checkpoint["curve"]
+        with restoring():
+            network.load_state_dict(checkpoint["network"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["random_state"])
+            baseline = Baseline(*checkpoint["baseline"])
+            step, earlier, curve = checkpoint["step"], checkpoint["elapsed"], checkpoint["curve"]
         check_left(step, options.steps, "--steps")
     started = time.perf_counter()
     losses: list[float] = []
@@ -231,7 +232,7 @@ def main(
     if resume:
         check_resumed(context, {"steps", "minutes", "beam", "test", "shown"})
         checkpoint = load(out / "last.pt")
-        options = Options(**checkpoint["options"])
+        options = options_of(checkpoint, Options)
         options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
 
     make_folder(out)

@@ -31,7 +31,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from checkpoints import check_left, check_resumed, load, save
+from checkpoints import check_left, check_resumed, load, options_of, restoring, save
 from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
@@ -196,11 +196,12 @@ def train(
     curve: list[dict[str, float]] = []
     step, reach, recent, earlier = 0, REACH, 0.0, 0.0
     if checkpoint is not None:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["random_state"])
-        curve, step, reach = checkpoint["curve"], checkpoint["step"], checkpoint["reach"]
-        recent, earlier = checkpoint["recent"], checkpoint["elapsed"]
+        with restoring():
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            generator.set_state(checkpoint["random_state"])
+            curve, step, reach = checkpoint["curve"], checkpoint["step"], checkpoint["reach"]
+            recent, earlier = checkpoint["recent"], checkpoint["elapsed"]
         check_left(step, options.steps, "--steps")
     started = time.perf_counter()
     rewards: list[float] = []
@@ -350,7 +351,7 @@ def main(
     if resume:
         check_resumed(context, {"steps", "minutes", "evaluate_every", "film_games"})
         checkpoint = load(out / "last.pt")
-        options = Options(**checkpoint["options"])
+        options = options_of(checkpoint, Options)
         options = replace(options, steps=steps or options.steps, minutes=minutes or math.inf)
     make_folder(out)
     agent, result = train(options, evaluate_every, checkpoint, out / "last.pt", console)

@@ -47,7 +47,7 @@ from char_lm_model import (
     sample,
 )
 from char_lm_text import Text, count_baselines, encode, read_text, streams
-from checkpoints import check_left, check_resumed, load, save
+from checkpoints import check_left, check_resumed, load, options_of, restoring, save
 from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -100,11 +100,12 @@ def train(
     step, seconds, earlier = 0, 0.0, 0.0  # seconds of training steps; those of everything in earlier runs
     curve: list[dict[str, float]] = []
     if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state, curve = checkpoint["state"], checkpoint["curve"]
-        step, seconds, earlier = checkpoint["step"], checkpoint["seconds"], checkpoint["elapsed"]
-        torch.set_rng_state(checkpoint["random_state"])
+        with restoring():
+            network.load_state_dict(checkpoint["network"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            state, curve = checkpoint["state"], checkpoint["curve"]
+            step, seconds, earlier = checkpoint["step"], checkpoint["seconds"], checkpoint["elapsed"]
+            torch.set_rng_state(checkpoint["random_state"])
         check_left(step, total, "--epochs")
     started = time.perf_counter()
     losses: list[float] = []
@@ -274,10 +275,10 @@ def main(
     if resume:
         check_resumed(context, {"epochs", "minutes", "characters", "temperature", "prime"})
         checkpoint = load(out / "last.pt")
-        options = Options(**checkpoint["options"])
+        options = options_of(checkpoint, Options)
         options = replace(options, epochs=epochs or options.epochs, minutes=minutes or math.inf)
     data = read_text(options.text)
-    if checkpoint is not None and checkpoint["digest"] != data.digest:
+    if checkpoint is not None and checkpoint.get("digest") != data.digest:
         raise typer.BadParameter("--resume: the text is not the one that the checkpoint was trained on")
     prime = prime or "".join(data.vocabulary[i] for i in data.train[:4])
     if not set(prime) <= set(data.vocabulary):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import typer
+
+Options = TypeVar("Options")
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -20,8 +24,34 @@ def load(path: Path) -> dict[str, Any]:
     """The checkpoint at path, on the CPU: load_state_dict takes it to where the network is."""
     if not path.is_file():
         raise typer.BadParameter(f"--resume: there is no checkpoint {path}")
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what it raises on a file that is not torch's depends on the file's first bytes
+        raise typer.BadParameter(f"--resume: {path} cannot be read as a checkpoint: {_line(error)}") from None
+    if not isinstance(checkpoint, dict):
+        raise typer.BadParameter(f"--resume: {path} is not a checkpoint of this example")
     return checkpoint
+
+
+@contextlib.contextmanager
+def restoring() -> Iterator[None]:
+    """What is taken from a checkpoint inside: another version or another example may have written it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise typer.BadParameter(f"--resume: the checkpoint is not one of this example: {_line(error)}") from None
+
+
+def options_of(checkpoint: dict[str, Any], make: Callable[..., Options]) -> Options:
+    """make(...), the options that the checkpoint was trained with."""
+    with restoring():
+        return make(**checkpoint["options"])
+
+
+def _line(error: Exception) -> str:
+    """The first line of what it says; of a KeyError that is the key alone."""
+    said = str(error).strip().partition("\n")[0]
+    return f"it has no {said}" if isinstance(error, KeyError) else said or type(error).__name__
 
 
 def check_left(step: int, total: int, option: str) -> None:

@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from checkpoints import check_left, check_resumed, load, save
+from checkpoints import check_left, check_resumed, load, options_of, restoring, save
 from commands import command, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -93,11 +93,12 @@ def resumed(
     Of several models those that have been trained to the end are as they are; if all have, nothing is left to do.
     """
     checkpoints = [load(out / f"{one.model}.pt") for one in options]
-    chosen = [Options(**checkpoint["options"]) for checkpoint in checkpoints]
+    chosen = [options_of(checkpoint, Options) for checkpoint in checkpoints]
     chosen = [replace(one, epochs=epochs or one.epochs, minutes=minutes) for one in chosen]
     if len({one.task for one in chosen}) > 1:
         raise typer.BadParameter(f"--resume: the models in {out} were trained on different tasks: name one by --model")
-    left = [steps_of(one, digits) - checkpoint["step"] for one, checkpoint in zip(chosen, checkpoints, strict=True)]
+    with restoring():
+        left = [steps_of(one, digits) - checkpoint["step"] for one, checkpoint in zip(chosen, checkpoints, strict=True)]
     most = left.index(max(left))
     check_left(checkpoints[most]["step"], steps_of(chosen[most], digits), "--epochs")
     return chosen, [*checkpoints]
@@ -120,12 +121,13 @@ def train(
     curve: list[dict[str, float]] = []
     step, seconds, earlier = 0, 0.0, 0.0  # seconds of training steps; those of everything in earlier runs
     if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        curve, step = checkpoint["curve"], checkpoint["step"]
-        seconds, earlier = checkpoint["seconds"], checkpoint["elapsed"]
-        torch.set_rng_state(checkpoint["random_state"])
-        generator.bit_generator.state = json.loads(checkpoint["numpy_state"])
+        with restoring():
+            network.load_state_dict(checkpoint["network"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            curve, step = checkpoint["curve"], checkpoint["step"]
+            seconds, earlier = checkpoint["seconds"], checkpoint["elapsed"]
+            torch.set_rng_state(checkpoint["random_state"])
+            generator.bit_generator.state = json.loads(checkpoint["numpy_state"])
     started = time.perf_counter()
 
     def fraction_done() -> float:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from checkpoints import check_left, check_resumed, load, save
+from checkpoints import check_left, check_resumed, load, options_of, restoring, save
 from commands import diverged, known_backend, make_folder, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -102,9 +102,10 @@ def resumed(
     """The checkpoint in out, and its options: no other may be asked for, but for the number of steps."""
     check_resumed(context, {"steps", "backend", *Run.__annotations__})
     checkpoint = load(out / "last.pt")
-    options = type(options)(**checkpoint["options"])
+    options = options_of(checkpoint, type(options))
     options = replace(options, steps=steps or options.steps)
-    check_left(checkpoint["step"], options.steps, "--steps")
+    with restoring():
+        check_left(checkpoint["step"], options.steps, "--steps")
     return options, checkpoint
 
 
@@ -191,14 +192,15 @@ def train(
     curve: list[Point] = []
     step, earlier, cpu = 0, 0.0, 0.0  # minutes and seconds of processors in earlier runs
     if checkpoint is not None:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if len(checkpoint["random_state"]) == len(generator.get_state()):
-            generator.set_state(checkpoint["random_state"])
-        else:  # of another kind of device: new noise, and not that of the first steps once more
-            generator.manual_seed(options.seed + checkpoint["step"])
-        step, curve = checkpoint["step"], checkpoint["curve"]
-        earlier, cpu = curve[-1]["minutes"], curve[-1]["cpu_seconds"]
+        with restoring():
+            network.load_state_dict(checkpoint["network"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if len(checkpoint["random_state"]) == len(generator.get_state()):
+                generator.set_state(checkpoint["random_state"])
+            else:  # of another kind of device: new noise, and not that of the first steps once more
+                generator.manual_seed(options.seed + checkpoint["step"])
+            step, curve = checkpoint["step"], checkpoint["curve"]
+            earlier, cpu = curve[-1]["minutes"], curve[-1]["cpu_seconds"]
     started, cpu_started = time.perf_counter(), time.process_time() - cpu
     losses: list[float] = []
 

@@ -37,7 +37,8 @@ def _checked(name: Any, source: str) -> str:
 
 
 # A module global, not a ContextVar: a compiled graph guards on it, where a ContextVar would break the graph.
-_current = _checked(os.environ.get("RECATTN_BACKEND") or "auto", "RECATTN_BACKEND")
+# What the environment says is looked at when a call asks: an import that fails leaves a command no words of its own.
+_current = os.environ.get("RECATTN_BACKEND") or "auto"
 
 
 class use_backend:
@@ -68,10 +69,8 @@ class use_backend:
 def requested(op: str, name: str | None) -> str:
     """The backend that a call asks for: its argument, else use_backend's, else RECATTN_BACKEND's, else auto."""
     if name is None:
-        return _current
-    if name not in NAMES:
-        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}, got {name!r}")
-    return name
+        return _current if _current in NAMES else _checked(_current, f"{op}: RECATTN_BACKEND")
+    return name if name in NAMES else _checked(name, f"{op}: backend")
 
 
 def under_transform() -> bool:
@@ -157,6 +156,9 @@ def _plain_keys(device_type: str) -> tuple[Any, ...]:
     return tuple(keys)
 
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
 def dispatches(*inputs: Tensor | None) -> bool:
     """True where an op must go through torch's dispatcher, for what listens there: tracing, modes, or a key of a tensor
     that is more than numbers on a device (fake, meta, a subclass, a lazy negation, ...).
@@ -164,7 +166,9 @@ def dispatches(*inputs: Tensor | None) -> bool:
     Where nothing listens the op's function is called directly: the dispatcher's way through Python costs about 10 us a
     call, and some 50 us where another model has run in between and the interpreter's code is out of the caches.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
+        return True
+    if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True)
         return True
     for x in inputs:  # not any(...): a generator is a call more for every tensor
         if x is not None and (x.is_meta or torch._C._dispatch_keys(x) not in _plain_keys(x.device.type)):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recattn_kernels import backends
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -140,14 +142,14 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
         for n in value:
             if abs(n) >= 2**63:
                 raise ValueError(f"{op}: lengths must lie in [0, T] = [0, {steps}], got {n}")
-        value = torch.tensor(value, dtype=torch.int64)
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
     elif not isinstance(value, Tensor):
         raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {type(value).__name__}")
     tensor(op, "lengths", value)
     result: Tensor = value
     dtype(op, "lengths", result, (torch.int64,))
     shape(op, "lengths", result, "(B,)", (batch,))
-    if result.device.type not in ("cpu", "meta"):
+    if result.device.type != "cpu":
         device(op, "lengths", result, beside, x)
     elif not torch.compiler.is_compiling():
         length_values(op, result, steps)
@@ -155,8 +157,12 @@ def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str 
 
 
 def length_values(op: str, value: Tensor, steps: int) -> None:
-    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device."""
+    """Refuses a length outside [0, T]. Only a CPU tensor is read: reading another would wait for the device. What is
+    traced has no values yet; there the op looks when it runs.
+    """
     if value.device.type != "cpu" or value.numel() == 0 or torch._C._are_functorch_transforms_active():
+        return
+    if backends.dispatches(value):
         return
     low, high = (int(v) for v in torch.aminmax(value))
     if low < 0 or high > steps:

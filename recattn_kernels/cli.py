@@ -206,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU")
+        backends.requested(options.command, None)  # what RECATTN_BACKEND says
         status = options.run(options)
     except ModuleNotFoundError as error:
         sys.exit(f"recattn: {error}; pip install recattn_kernels[bench]")

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from recattn_kernels import backends
 
+# From so many bytes on a new tensor is mostly new memory too.
+LARGE = 4 << 20
+
 # As csrc/cpu/isa.h's enum Dtype has them.
 CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -16,6 +19,17 @@ CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float
 def cpu() -> Any:
     """The kernels of csrc/cpu, where they are built."""
     return backends.extension("_cpu")
+
+
+def huge_pages(*new: Tensor | None) -> None:
+    """Has the system back large tensors on a CPU, before they are written for the first time, by pages of 2 MB.
+
+    torch takes memory for a large tensor from the system and gives it back. Linux then brings in a page at each first
+    touch, 4 KB unless it is asked for more, which for IndRNN takes four times as long as the kernel.
+    """
+    for x in new:
+        if x is not None and x.nbytes >= LARGE:
+            cpu().advise_huge_pages(x.data_ptr(), x.nbytes)
 
 
 def plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

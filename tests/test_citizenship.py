@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import recattn_kernels
@@ -169,6 +170,22 @@ def test_opcheck(spec: OpSpec, sample: Sample) -> None:
         torch.library.opcheck(op, tuple(detached))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["jit", "make_fx"])
+@pytest.mark.parametrize(("spec", "sample"), FULL)
+def test_traced_without_gradients(spec: OpSpec, sample: Sample, how: str) -> None:
+    """What is traced is the op, and not the memory in which its result happened to be."""
+    function = AsFunction(spec, sample, torch.float32)
+    inputs = tuple(t.detach() for t in function.inputs)
+    with torch.no_grad():
+        if how == "jit":
+            traced = torch.jit.trace(lambda *inputs: function(*inputs), inputs, check_trace=False)
+        else:
+            traced = make_fx(function, pre_dispatch=True)(*inputs)
+        others = [t / 2 for t in inputs]
+        torch.testing.assert_close(traced(*others), function(*others))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("spec", "sample"), FULL)
 def test_compile_fullgraph(spec: OpSpec, sample: Sample) -> None:
@@ -308,6 +325,49 @@ def test_meta_tensors_have_the_shapes(spec: OpSpec) -> None:
             assert a.dtype == b.dtype, sample.name
 
 
+@pytest.mark.parametrize(("spec", "sample"), [p for p in FULL if "cpp" not in p.values[1].refused_by])
+def test_the_default_device_has_no_say(spec: OpSpec, sample: Sample) -> None:
+    """What an op makes for itself is where its inputs are."""
+    function = AsFunction(spec, sample, torch.float32, backend="cpp")
+    if function.kwargs.get("lengths") is not None:
+        function.kwargs["lengths"] = function.kwargs["lengths"].tolist()
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            outputs = function(*function.inputs)
+            results.append((outputs, torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+class Subclass(torch.Tensor):
+    """With the __torch_function__ of every subclass that does not write its own."""
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("spec", OP)
+def test_torch_function(spec: OpSpec) -> None:
+    """As one of torch's own functions: a mode sees one call, a subclass stays one, torch.fx makes it one node."""
+    (x, *rest), kwargs = arguments(next(s for s in spec.samples if s.name == "plain"), torch.float32)
+    seen = []
+
+    class Log(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        expected = spec.function(x, *rest, **kwargs)
+    assert seen == [spec.function]
+    results = tensors(spec.function(x.detach().as_subclass(Subclass), *rest, **kwargs))
+    compiled = torch.compile(spec.function, backend="eager", fullgraph=True)
+    results += tensors(compiled(x.detach().as_subclass(Subclass), *rest, **kwargs))
+    assert all(type(t) is Subclass for t in results)
+    graph = torch.fx.symbolic_trace(lambda x: spec.function(x, *rest, **kwargs))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [spec.function]
+    plain = [t.as_subclass(Tensor) for t in (*results, *tensors(graph(x)))]
+    torch.testing.assert_close(plain, 3 * tensors(expected), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("spec", FUSED_ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
@@ -360,11 +420,14 @@ def test_inference_tensors_take_the_short_way(spec: OpSpec, first: bool) -> None
 @pytest.mark.parametrize("value", ["reference", "tpu"])
 def test_environment_variable(value: str) -> None:
     code = "import recattn_kernels.backends as b; print(b.requested('op', None))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "RECATTN_BACKEND": value}, capture_output=True, text=True
-    )
-    if value == "reference":
-        assert run.stdout.strip() == "reference"
-    else:
-        assert run.returncode != 0
-        assert "RECATTN_BACKEND must be one of auto" in run.stderr
+    for command in (["-c", code], ["-m", "recattn_kernels", "info"]):
+        env = {**os.environ, "RECATTN_BACKEND": value}
+        run = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+        if value == "reference":
+            assert run.returncode == 0 and "reference" in run.stdout
+            continue
+        what = f"RECATTN_BACKEND must be one of {', '.join(backends.NAMES)}, got 'tpu'"
+        if command[0] == "-c":
+            assert run.returncode == 1 and f"ValueError: op: {what}" in run.stderr
+        else:  # a user's error is one line
+            assert run.returncode == 2 and run.stderr == f"recattn: info: {what}\n" and not run.stdout

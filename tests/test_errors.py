@@ -64,6 +64,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": torch.tensor([1, 9, 3])}, ValueError, "indrnn: lengths must lie in [0, T] = [0, 4], got 9"),
     ({"lengths": [1.5, 2, 3]}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor"),
     ({"lengths": torch.tensor([1, 2, 3]).int()}, TypeError, "indrnn: lengths must be int64, got int32"),
+    ({"lengths": torch.tensor([1, 2, 3]).to("meta")}, ValueError, "indrnn: lengths must be on cpu as x is, got meta"),
     ({"lengths": 3}, TypeError, "indrnn: lengths must be a list of ints or an int64 Tensor, got int"),
     ({"backend": "tpu"}, ValueError, "indrnn: backend must be one of auto, reference, vendor, cpp, triton, cuda"),
     ({"backend": "vendor"}, BackendUnavailableError, "indrnn: backend 'vendor' cannot run this call: torch's own"),

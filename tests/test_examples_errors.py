@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_examples import load_example
 
 PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy", "mlxtend", "sacrebleu")
@@ -43,6 +44,35 @@ def test_refuses(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     if name in RESUMABLE:
         assert "there is no checkpoint" in refusal(name, *out, "--resume")
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_refuses_a_checkpoint_that_is_not_its_own(name: str, tmp_path: Path) -> None:
+    args = ("--out", str(tmp_path), "--resume", *(("--model", "fc") if name == "ram_mnist" else ()))
+    file = tmp_path / ("fc.pt" if name == "ram_mnist" else "last.pt")
+    file.write_bytes(b"")
+    assert "cannot be read as a checkpoint" in refusal(name, *args)
+    torch.save({"step": torch.zeros(1000)}, file)
+    file.write_bytes(file.read_bytes()[:2000])  # as an interrupted copy leaves it
+    assert "cannot be read as a checkpoint" in refusal(name, *args)
+    for checkpoint, message in (
+        (torch.zeros(1), "not a checkpoint of this example"),
+        ({"step": 1}, "has no 'options'"),
+        ({"options": {"nosuch": 1}, "step": 1}, "nosuch"),
+    ):
+        torch.save(checkpoint, file)
+        assert message in refusal(name, *args)
+
+
+def test_refuses_a_checkpoint_of_another_version(tmp_path: Path) -> None:
+    """Its options fit, and the parameters of its network do not."""
+    options = {
+        "games": 2, "steps": 1, "minutes": 1.0, "hidden": 8, "std": 0.1, "lr": 1e-3, "discount": 0.9, "entropy": 0.0,
+        "seed": 0, "backend": None,
+    }  # fmt: skip
+    torch.save({"options": options, "agent": {"nosuch": torch.zeros(1)}, "step": 1}, tmp_path / "last.pt")
+    said = refusal("catch", "--out", str(tmp_path), "--resume", "--steps", "2")
+    assert "the checkpoint is not one of this example: Error(s) in loading state_dict" in said
 
 
 @pytest.mark.parametrize(

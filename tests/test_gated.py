@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recattn_kernels
 from recattn_kernels import BackendUnavailableError, explain, gru, gru_step, lstm, lstm_step, rnn
@@ -80,6 +81,30 @@ def test_a_row_without_steps_keeps_its_state(name: str, backend: str) -> None:
     assert torch.equal(tensors(state)[0][1], h[1])
     (grad,) = torch.autograd.grad(tensors(state)[0][1].sum(), h)
     assert torch.equal(grad, torch.zeros(B, H, dtype=torch.float64).index_fill(0, torch.tensor(1), 1.0))
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_frozen_weights_have_no_product(name: str, backend: str) -> None:
+    x, weight = (t.float().requires_grad_() for t in arguments(name))
+    bias = torch.randn(len(weight), requires_grad=True)
+
+    class Products(TorchDispatchMode):
+        gradients: ClassVar[list[Tensor]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **kwargs or {})
+            if func.name() == f"recattn_kernels::{name}_backward":
+                self.gradients.append(results[1])
+            return results
+
+    found = []
+    for given in (weight, weight.detach()):
+        output = OPS[name][0](x, given, bias_hh=bias, backend=backend)[0]
+        with Products():
+            found.append(torch.autograd.grad(output.sin().sum(), (x, bias)))
+    assert [g.shape for g in Products.gradients] == [weight.shape, (0,)]
+    assert all(map(torch.equal, *found))
 
 
 @each_op

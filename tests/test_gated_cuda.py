@@ -23,15 +23,19 @@ from recattn_kernels.ops import gpu
 from recattn_kernels.ops import samples as random_tensors
 from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.spec import Samples
-from recattn_kernels.spec import Sample
+from recattn_kernels.spec import Sample, tensors
 
 CSRC = Path(__file__).parents[1] / "csrc"
-OPS = ("rnn", "lstm", "gru")
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+OPS = tuple(GATES)
 # The others differ from these in what happens before a kernel is launched.
 SAMPLES = (
     "plain", "wide", "one_element", "many_rows", "everything", "everything_reverse", "everything_batch_first",
-    "no_steps", "no_rows", "no_units", "nan", "nan_past_the_end", "relu_everything_reverse",
+    "no_steps", "no_rows", "no_units", "nan", "nan_past_the_end", "relu_everything_reverse", "layer_norm",
+    "layer_norm_everything", "layer_norm_reverse", "original_plain", "original_wide", "original_everything",
+    "original_everything_reverse", "original_everything_batch_first", "original_no_steps", "original_nan",
 )  # fmt: skip
+EVERYTHING = ("everything", "layer_norm_everything", "original_everything")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 GPU = launch_plan.Gpu(multiprocessors=9, shared=100_000)
 
@@ -73,6 +77,17 @@ def on_the_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU)
 
 
+def variants(op: str, T: int, B: int, H: int) -> list[Sample]:
+    """Of the op, its kernels that normalise, and the gru's that resets before the product."""
+    calls = Samples(GATES[op], has_c=op == "lstm")
+    usual = {"reset": random_tensors.reset, "lengths": random_tensors.lengths, **calls.keep()}
+    usual |= {"state": True, "bias_hh": random_tensors.bias}
+    options: list[dict[str, Any]] = [{}, {"layer_norm": calls.layer_norm}]
+    if op == "gru":
+        options.append({"reset_after": False})
+    return [calls.sample(f"variant_{i}", T, B, H, **usual, **own) for i, own in enumerate(options)]
+
+
 def samples(op: str, names: tuple[str, ...] = SAMPLES) -> list[Sample]:
     return [sample for sample in registry.find(op).samples if sample.name in names]
 
@@ -88,9 +103,9 @@ def test_conforms(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_sixteen_bit(op: str, dtype: torch.dtype) -> None:
     spec = registry.find(op)
-    (everything,) = samples(op, ("everything",))
-    judge(conformance.compare(spec, everything, "cuda", dtype))
-    judge(conformance.compare(spec, everything, "cuda", dtype, mixed=True))
+    for everything in samples(op, EVERYTHING):
+        judge(conformance.compare(spec, everything, "cuda", dtype))
+        judge(conformance.compare(spec, everything, "cuda", dtype, mixed=True))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -103,24 +118,23 @@ def test_every_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch_plan, "launch_plan", launch)
     spec = registry.find(op)
-    for sample in samples(op, ("many_rows", "everything")):
+    for sample in samples(op, ("many_rows", *EVERYTHING)):
         for dtype in (torch.float32, torch.bfloat16):
             judge(conformance.compare(spec, sample, "cuda", dtype))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch is taken in passes."""
+    """The batch is taken in passes, and so are the sums over it."""
     monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU._replace(multiprocessors=2))
     monkeypatch.setattr(launch_plan, "ROWS", 16)
     launch_plan.launch_plan.cache_clear()
-    spec = registry.find(op)
-    (sample,) = samples(op, ("many_rows",))
-    gates = {"rnn": 1, "lstm": 4, "gru": 3}[op]
-    plan = launch_plan.launch_plan(launch_plan.Problem(gates, 3, 4, True, True), 70, GPU._replace(multiprocessors=2))
+    problem = launch_plan.Problem(GATES[op], 3, 4, True, True)
+    plan = launch_plan.launch_plan(problem, 70, GPU._replace(multiprocessors=2))
     assert isinstance(plan, launch_plan.Plan) and plan.passes(70) > 2
     try:
-        judge(conformance.compare(spec, sample, "cuda", torch.float32))
+        for sample in variants(op, 3, 70, 3):
+            judge(conformance.compare(registry.find(op), sample, "cuda", torch.float32))
     finally:
         launch_plan.launch_plan.cache_clear()
 
@@ -128,7 +142,7 @@ def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("op", OPS)
 def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows of weights that are read 16 bytes at a time."""
-    B, H, gates = 70, 40, {"rnn": 1, "lstm": 4, "gru": 3}[op]
+    B, H = 70, 40
 
     def most_rows(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
         plan = max(launch_plan.candidates(problem, B, gpu), key=lambda plan: (plan.rows, plan.units))
@@ -136,11 +150,34 @@ def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> No
         return plan
 
     monkeypatch.setattr(launch_plan, "launch_plan", most_rows)
-    random_calls = Samples(gates, has_c=op == "lstm")
-    options = {"reset": random_tensors.reset, "lengths": random_tensors.lengths, **random_calls.keep()}
-    sample = random_calls.sample("whole_rows", 4, B, H, state=True, bias_hh=random_tensors.bias, **options)
-    for dtype in (torch.float32, torch.bfloat16):
-        judge(conformance.compare(registry.find(op), sample, "cuda", dtype))
+    plain, *others = variants(op, 4, B, H)
+    judge(conformance.compare(registry.find(op), plain, "cuda", torch.bfloat16))
+    for sample in (plain, *others):
+        judge(conformance.compare(registry.find(op), sample, "cuda", torch.float32))
+
+
+def test_more_slices_than_a_warp_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what rows are normalised by. An odd number of slices."""
+
+    def one_unit_each(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return launch_plan.laid_out(problem, units=1, rows=8, groups=1)
+
+    monkeypatch.setattr(launch_plan, "launch_plan", one_unit_each)
+    _, normed = variants("lstm", 2, 3, 67)
+    judge(conformance.compare(registry.find("lstm"), normed, "cuda", torch.float32))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_order_of_threads_gives_the_same_bits(op: str) -> None:
+    spec = registry.find(op)
+    for sample in variants(op, 3, 6, 33):
+        args, kwargs = spec.arguments(sample, torch.float32, "cpu")
+        runs = []
+        for _ in range(2):
+            outputs = tensors(spec.function(*args, **kwargs, backend="cuda"))
+            inputs = [t for t in tensors((args, kwargs)) if t.requires_grad]
+            runs.append([*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_a_failed_launch_is_forgotten(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +223,8 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         return backends.explain("gru", x, weight_hh, **options)["cuda"]
 
     assert reason(2, 3, 15) is None
-    assert "normalisation" in str(reason(2, 3, 15, layer_norm=(torch.ones(15), torch.ones(15))))
-    assert "reset_after" in str(reason(2, 3, 15, reset_after=False))
+    assert reason(2, 3, 15, layer_norm=(torch.ones(15), torch.ones(15))) is None
+    assert reason(2, 3, 15, reset_after=False) is None
     assert "multiprocessors" in str(reason(1, 1, 3 * 1024))
     with pytest.raises(backends.BackendUnavailableError, match=r"gru: backend 'cuda' .*multiprocessors"):
         registry.find("gru").function(torch.zeros(1, 1, 3072), torch.zeros(3072, 1024), backend="cuda")

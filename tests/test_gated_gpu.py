@@ -11,55 +11,69 @@ import torch
 from torch import Generator, Tensor
 
 from recattn_kernels import conformance, registry
-from recattn_kernels.spec import Sample, tensors
+from recattn_kernels.ops.gated.spec import Samples
+from recattn_kernels.spec import Sample, cast, tensors
 
 pytestmark = pytest.mark.cuda
 
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 # T, B, H: several slices of the units and groups of the rows; rows in more than one pass; the widest that fits.
+PLAIN, NORMED, ORIGINAL = "plain", "layer_norm", "reset_after=False"
 SIZES = [
-    ("lstm", torch.bfloat16, (64, 50, 512)),
-    ("lstm", torch.float32, (24, 50, 512)),
-    ("gru", torch.bfloat16, (64, 50, 512)),
-    ("gru", torch.float32, (8, 300, 512)),
-    ("lstm", torch.float16, (8, 300, 512)),
-    ("rnn", torch.bfloat16, (16, 64, 1024)),
-    ("gru", torch.bfloat16, (16, 64, 1024)),
+    ("lstm", PLAIN, torch.bfloat16, (64, 50, 512)),
+    ("lstm", NORMED, torch.bfloat16, (64, 50, 512)),
+    ("gru", ORIGINAL, torch.bfloat16, (64, 50, 512)),
+    ("lstm", PLAIN, torch.float32, (24, 50, 512)),
+    ("lstm", NORMED, torch.float32, (24, 50, 512)),
+    ("gru", PLAIN, torch.bfloat16, (64, 50, 512)),
+    ("gru", NORMED, torch.bfloat16, (16, 64, 1024)),
+    ("gru", PLAIN, torch.float32, (8, 300, 512)),
+    ("gru", ORIGINAL, torch.float32, (8, 300, 512)),
+    ("lstm", PLAIN, torch.float16, (8, 300, 512)),
+    ("rnn", PLAIN, torch.bfloat16, (16, 64, 1024)),
+    ("rnn", NORMED, torch.float16, (8, 300, 512)),
+    ("gru", PLAIN, torch.bfloat16, (16, 64, 1024)),
 ]
-usual = pytest.mark.parametrize(("op", "dtype", "sizes"), SIZES)
+usual = pytest.mark.parametrize(("op", "variant", "dtype", "sizes"), SIZES)
 
 
-def arguments(op: str, sizes: tuple[int, int, int], generator: Generator) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def arguments(
+    op: str, variant: str, sizes: tuple[int, int, int], generator: Generator
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     T, B, H = sizes
     x = torch.randn(T, B, GATES[op] * H, generator=generator, dtype=torch.float64)
     weight_hh = torch.randn(GATES[op] * H, H, generator=generator, dtype=torch.float64) / H**0.5
     bias_hh = torch.randn(GATES[op] * H, generator=generator, dtype=torch.float64)
-    return (x.requires_grad_(), weight_hh.requires_grad_()), {"bias_hh": bias_hh.requires_grad_()}
+    options: dict[str, Any] = {"bias_hh": bias_hh.requires_grad_()}
+    if variant == NORMED:
+        options["layer_norm"] = Samples(GATES[op], has_c=op == "lstm").layer_norm(generator, T, B, H)
+    if variant == ORIGINAL:
+        options["reset_after"] = False
+    return (x.requires_grad_(), weight_hh.requires_grad_()), options
 
 
-def on_gpu(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[list[Tensor], Any]:
+def on_gpu(op: str, variant: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> tuple[list[Tensor], Any]:
     """Inputs, and a call of them: its outputs and their gradients."""
-    args, kwargs = arguments(op, sizes, Generator().manual_seed(0))
-    inputs = [t.detach().to("cuda", dtype).requires_grad_() for t in (*args, kwargs["bias_hh"])]
+    args, kwargs = cast(arguments(op, variant, sizes, Generator().manual_seed(0)), dtype, "cuda")
+    inputs = tensors((args, kwargs))
 
     def call() -> list[Tensor]:
-        x, weight_hh, bias_hh = inputs
-        outputs = tensors(registry.find(op).function(x, weight_hh, bias_hh=bias_hh, backend="cuda"))
+        outputs = tensors(registry.find(op).function(*args, **kwargs, backend="cuda"))
         return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])]
 
     return inputs, call
 
 
 @usual
-def test_large_sizes_conform(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
-    sample = Sample("large", functools.partial(arguments, op, sizes))
+def test_large_sizes_conform(op: str, variant: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    sample = Sample("large", functools.partial(arguments, op, variant, sizes))
     findings = conformance.compare(registry.find(op), sample, "cuda", dtype, "cuda")
     assert not [f"{f.name}: {f.complaint}" for f in findings if f.complaint is not None]
 
 
 @usual
-def test_every_run_gives_the_same_bits(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
-    _, call = on_gpu(op, dtype, sizes)
+def test_every_run_gives_the_same_bits(op: str, variant: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    _, call = on_gpu(op, variant, dtype, sizes)
     first = call()
     stream = torch.cuda.Stream()
     for _ in range(10):
@@ -78,9 +92,9 @@ def test_lengths_of_the_host_are_refused_in_a_graph() -> None:
         registry.find("rnn").function(x, weight_hh, lengths=[4, 2])
 
 
-@pytest.mark.parametrize(("op", "dtype", "sizes"), SIZES[:3])
-def test_a_sequence_in_a_cuda_graph(op: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
-    inputs, call = on_gpu(op, dtype, sizes)
+@pytest.mark.parametrize(("op", "variant", "dtype", "sizes"), SIZES[:3])
+def test_a_sequence_in_a_cuda_graph(op: str, variant: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    inputs, call = on_gpu(op, variant, dtype, sizes)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -22,6 +22,9 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 HIDDEN = (1, 3, 33, 130, 256, 512, 1000, 1024, 2048)
 BATCH = (1, 8, 9, 64, 1000)
 TYPES = {"16-bit": (2, False), "tf32": (4, False), "float32": (4, True)}
+PLAIN, NORMED, TWICE = (False, False), (True, False), (False, True)  # as Problem's last fields
+VARIANTS = {"rnn": (PLAIN, NORMED), "gru": (PLAIN, NORMED, TWICE), "lstm": (PLAIN, NORMED)}
+KINDS = [(GATES[op], *variant) for op, variants in VARIANTS.items() for variant in variants]
 
 
 def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
@@ -35,11 +38,17 @@ def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
     # A warp holds all results of a block's weights.
     weight_rows = problem.weight_rows(plan.units)
     assert weight_rows <= launch_plan.ROW_TILE * launch_plan.ROW_TILES
-    # Besides its weights, whole, a block has at least the state of each of its units.
+    # Besides its weights, whole, a block has at least the state of each of its units, and what it normalises.
+    columns = problem.gates * plan.units
     weights = weight_rows * problem.inner * problem.element
-    assert weights + plan.units * plan.rows * 4 * (2 if problem.gates == 4 else 1) < plan.shared <= gpu.shared
-    exchanged = (problem.inner if problem.backward else problem.H) * plan.rows * plan.groups * problem.element
-    assert plan.workspace >= 2 * exchanged + 4 * plan.groups
+    kept = (2 if problem.gates == 4 or problem.twice else 1) * plan.units
+    if problem.normed:
+        kept += (2 if problem.backward else 1) * columns
+    assert weights + kept * plan.rows * 4 < plan.shared <= gpu.shared
+    assert not problem.backward or columns <= launch_plan.THREADS, "columns whose gradients no thread would sum"
+    exchanged = (problem.inner if problem.backward else problem.H) * problem.element
+    means = {1: 1, 3: 1, 4: 3 if problem.backward else 2}[problem.gates] * problem.normed * plan.slices * 8
+    assert plan.workspace >= plan.groups * (plan.rows * (2 * exchanged + means) + 4)
     assert plan.workspace % 16 == 0
 
 
@@ -47,8 +56,10 @@ def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
 @pytest.mark.parametrize("op", GATES)
 def test_plans(op: str, name: str) -> None:
     gpu, made = GPUS[name], 0
-    for H, B, (element, exact), backward in itertools.product(HIDDEN, BATCH, TYPES.values(), (False, True)):
-        problem = Problem(GATES[op], H, element, exact, backward)
+    for H, B, (element, exact), backward, variant in itertools.product(
+        HIDDEN, BATCH, TYPES.values(), (False, True), VARIANTS[op]
+    ):
+        problem = Problem(GATES[op], H, element, exact, backward, *variant)
         plan = launch_plan.launch_plan(problem, B, gpu)
         if isinstance(plan, str):
             assert f"({GATES[op] * H}, {H})" in plan
@@ -62,40 +73,41 @@ def test_plans(op: str, name: str) -> None:
 @pytest.mark.parametrize("name", GPUS)
 def test_every_candidate_is_sound(name: str) -> None:
     """Whichever a better estimate of the time will choose."""
-    for gates, H, B, (element, exact), backward in itertools.product(
-        GATES.values(), (1, 33, 130, 512), (1, 9, 100), TYPES.values(), (False, True)
+    for (gates, *variant), H, B, (element, exact), backward in itertools.product(
+        KINDS, (1, 33, 130, 512), (1, 9, 100), TYPES.values(), (False, True)
     ):
-        problem = Problem(gates, H, element, exact, backward)
+        problem = Problem(gates, H, element, exact, backward, *variant)
         for plan in launch_plan.candidates(problem, B, GPUS[name]):
             check(problem, B, GPUS[name], plan)
 
 
-@pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
+@pytest.mark.parametrize(("gates", "normed", "twice"), KINDS)
 @pytest.mark.parametrize("gpu", [A100, H100], ids=["a100", "h100"])
-def test_sizes_that_must_fit(gpu: Gpu, gates: int) -> None:
+def test_sizes_that_must_fit(gpu: Gpu, gates: int, normed: bool, twice: bool) -> None:
     for H in range(1, 1025):
-        assert refusal(gates, H, 2, False, gpu) is None
+        assert refusal(Problem(gates, H, 2, False, False, normed, twice), gpu) is None
     for H in range(1, 513):
-        assert refusal(gates, H, 4, True, gpu) is None
-        assert refusal(gates, H, 4, False, gpu) is None
+        assert refusal(Problem(gates, H, 4, True, False, normed, twice), gpu) is None
+        assert refusal(Problem(gates, H, 4, False, False, normed, twice), gpu) is None
 
 
 @pytest.mark.parametrize("name", GPUS)
 def test_the_batch_decides_nothing(name: str) -> None:
     """Whether a call is refused is asked before its batch is known, and is a constant to a compiled graph."""
-    for gates, H, (element, exact) in itertools.product(GATES.values(), HIDDEN, TYPES.values()):
-        refused = refusal(gates, H, element, exact, GPUS[name]) is not None
+    for (gates, *variant), H, (element, exact) in itertools.product(KINDS, HIDDEN, TYPES.values()):
+        problem = Problem(gates, H, element, exact, False, *variant)
+        refused = refusal(problem, GPUS[name]) is not None
         for B in (1, 100, 100_000):
             plans = (
-                launch_plan.launch_plan(Problem(gates, H, element, exact, backward), B, GPUS[name])
+                launch_plan.launch_plan(problem._replace(backward=backward), B, GPUS[name])
                 for backward in (False, True)
             )
             assert refused == any(isinstance(plan, str) for plan in plans)
 
 
 def test_refusals() -> None:
-    reason = refusal(4, 4096, 2, False, H100)
+    reason = refusal(Problem(4, 4096, 2, False, False), H100)
     assert reason is not None
     assert "(16384, 4096)" in reason and "132 multiprocessors" in reason
-    assert "7.5" in str(refusal(1, 8, 2, False, Gpu(40, 64 * KB, (7, 5))))
-    assert refusal(4, 0, 2, False, H100) is None
+    assert "7.5" in str(refusal(Problem(1, 8, 2, False, False), Gpu(40, 64 * KB, (7, 5))))
+    assert refusal(Problem(4, 0, 2, False, False), H100) is None

@@ -117,9 +117,11 @@ INPUTS: dict[str, Callable[[Any, Callable[..., Tensor]], tuple[Any, ...]]] = {
 every_layer = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.variant}" for case in CASES])
 
 
-def inputs_of(case: Case, layer: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def inputs_of(
+    case: Case, layer: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float = 1.0
+) -> Any:
     generator = torch.Generator().manual_seed(1)
-    return INPUTS[case.name](layer, lambda *shape: torch.randn(shape, generator=generator).to(device, dtype))
+    return INPUTS[case.name](layer, lambda *shape: (scale * torch.randn(shape, generator=generator)).to(device, dtype))
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -169,6 +171,13 @@ def test_dtype(case: Case) -> None:
 
 
 @every_layer
+def test_skip_init(case: Case) -> None:
+    layer, expected = nn.utils.skip_init(type(case.make()), *case.required, **case.options), case.make()
+    layer.load_state_dict(expected.state_dict())
+    assert_same(run(layer, inputs_of(case, layer)), run(expected, inputs_of(case, expected)))
+
+
+@every_layer
 def test_meta_device(case: Case) -> None:
     layer, expected = case.make(device="meta"), case.make()
     assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
@@ -176,6 +185,66 @@ def test_meta_device(case: Case) -> None:
     assert all(t.is_meta for t in on_meta)
     on_cpu = run(expected, inputs_of(case, expected))
     assert [(t.shape, t.dtype) for t in on_meta] == [(t.shape, t.dtype) for t in on_cpu]
+
+
+@every_layer
+def test_symbolic_trace(case: Case) -> None:
+    """As a layer of torch.nn a leaf, one node of the graph."""
+    layer = case.make()
+    inputs = inputs_of(case, layer)
+    forward = [
+        lambda self, a: self.layer(a), lambda self, a, b: self.layer(a, b), lambda self, a, b, c: self.layer(a, b, c)
+    ][len(inputs) - 1]  # fmt: skip
+    model = type("Traced", (nn.Module,), {"forward": forward})()
+    model.layer = layer
+    traced = torch.fx.symbolic_trace(model)
+    assert next((n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder") == ("call_module", "layer")
+    alone = copy.deepcopy(model)
+    assert_same(run(traced, inputs), run(alone, inputs))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_layer
+def test_jit_trace(case: Case) -> None:
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    others = inputs_of(case, layer, scale=0.5)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, inputs, check_trace=False)
+        results = []
+        for run_layer in (traced, layer):
+            torch.manual_seed(0)
+            results.append(tensors(run_layer(*others)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["RecurrentAttention", "AttentionLSTMCell"])
+def test_an_exported_program_that_returns_names(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, inputs), file)
+    found = torch.export.load(io.BytesIO(file.getvalue())).module()(*inputs)
+    expected = layer(*inputs)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+
+
+def test_what_is_not_a_leaf() -> None:
+    """What would run twice, once while it is traced and once in the node, and the root, which is in no graph."""
+
+    class Halved(rk.LSTM):
+        def forward(self, input: Tensor, hx: Any = None, **options: Any) -> Any:
+            return super().forward(input / 2, hx, **options)
+
+    hooked = rk.GRU(D, H)
+    hooked.register_forward_hook(lambda module, args, result: result)
+    for layer in (Halved(D, H), hooked):
+        with pytest.raises(TypeError, match=r"torch\.fx cannot trace into this layer"):
+            torch.fx.symbolic_trace(nn.Sequential(layer))
+    with pytest.raises(TypeError, match=r"IndRNN: torch\.fx traces a model of which this layer is a part"):
+        torch.fx.symbolic_trace(rk.IndRNN(D, H))
 
 
 @every_layer

@@ -9,6 +9,7 @@ import torch
 from test_layers_gated import LAYERS, D, H, flat
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 from recattn_kernels import GRU, LSTM, BackendUnavailableError
 from recattn_kernels.layers.gated_backend import TABLES, fused_runs
@@ -101,6 +102,17 @@ def test_vendor_is_refused_under_a_transform(name: str) -> None:
     message = f"^{name}: backend 'vendor' cannot run this call: only the reference runs under a functorch transform"
     with pytest.raises(BackendUnavailableError, match=message):
         torch.func.grad(lambda x: layer(x)[0].sum())(torch.randn(5, 2, D))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dropout_is_the_same_without_a_gradient(name: str) -> None:
+    """As checkpoint(use_reentrant=True) computes at first, though torch.nn's kernel may be faster there."""
+    layer, x = LAYERS[name](D, H, 2, dropout=0.5, batch_first=True), torch.randn(8, 4, D, requires_grad=True)
+    outputs = []
+    for run in (layer, lambda x: checkpoint(lambda x: layer(x)[0], x, use_reentrant=True), torch.no_grad()(layer)):
+        torch.manual_seed(1)
+        outputs.append(flat(run(x))[0])
+    torch.testing.assert_close(outputs[1:], outputs[:1] * 2, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

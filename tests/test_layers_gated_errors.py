@@ -88,6 +88,10 @@ BAD_CALLS: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = 
     ((X,), {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "GRU: lengths must be int64, got float32"),
     ((X[:, 0],), {"lengths": [5]}, ValueError, r"GRU: lengths must be None with unbatched input, got \[5\]"),
     ((PACKED,), {"lengths": [3, 2]}, ValueError, "GRU: lengths must be None with a PackedSequence, which has its own"),
+    (
+        (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),), {}, ValueError,
+        r"RNN input dtype \(torch.qint8\) does not match weight dtype \(torch.float32\).*",
+    ),
     ((X,), {"reset": Z(2, 5) > 0}, ValueError, r"GRU: reset must be \(T, B\) = \(5, 2\), got \(2, 5\)"),
     ((X,), {"reset": Z(5, 2)}, TypeError, "GRU: reset must be bool, got float32"),
     ((X[:, 0],), {"reset": Z(5, 2) > 0}, ValueError, r"GRU: reset must be \(T,\) = \(5,\), got \(5, 2\)"),

@@ -106,6 +106,17 @@ def test_meta_device(name: str, backend: str) -> None:
     assert output.is_meta and output.shape == (5, 2, H) and flat(last)[0].shape == (2, 2, H)
 
 
+@pytest.mark.parametrize("form", ["lengths", "packed"])
+def test_the_default_device_has_no_say(form: str) -> None:
+    layer, x, lengths = GRU(D, H, backend="cpp"), torch.randn(5, 3, D), [2, 5, 1]
+    call = x if form == "lengths" else nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    options: Any = {"lengths": lengths} if form == "lengths" else {}
+    expected = flat(layer(call, **options))
+    with torch.device("meta"):
+        found = flat(layer(call, **options))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTM-proj"])
 def test_autocast(name: str, layer_norm: bool) -> None:

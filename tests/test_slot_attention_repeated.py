@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recattn_kernels import SlotAttention, backends, conformance
+from recattn_kernels import SlotAttention, backends, conformance, slot_attention
 from recattn_kernels.ops.slot_attention import repeated as module
 from recattn_kernels.ops.slot_attention.api import normalise
 from recattn_kernels.ops.slot_attention.repeated import repeated
@@ -154,6 +154,24 @@ def test_one_gradient_needed_and_calls_apart(backend: str, needed: str, passes: 
 
     judge(apart, case, backend, F32)
     assert passes == [backend]
+
+
+def test_misuse(passes: list[str]) -> None:
+    """More calls than announced, another number of slots, and a call without a gradient between two that have one."""
+    (q, k, v, _), _ = CASES["denominator"]._replace(sizes=(1, 3, 9, 4, 5), masks=False).make()
+    attend = repeated(k, v, 2, backend="cpp")
+    first, _ = attend(q, None, False)
+    with pytest.raises(ValueError, match="q must have K = 3 slots in every call, got 1"):
+        attend(q[:, :1], None, False)
+    with torch.no_grad():
+        attend(q, None, False)
+    second, _ = attend(q * 2, None, False)
+    with pytest.raises(RuntimeError, match="announced 2 calls"):
+        attend(q, None, False)
+    found = torch.autograd.grad((first + second.square()).sum(), (q, k, v))
+    assert passes == ["cpp"]
+    plain = slot_attention(q, k, v) + slot_attention(q * 2, k, v).square()
+    torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("heads", [1, 2])

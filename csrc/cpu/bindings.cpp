@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("capability", [] { return isa::table[isa::current()].name; });
   m.def("capabilities", &isa::capabilities);
   m.def("set_capability", &isa::set_capability);
+  m.def("advise_huge_pages", &advise_huge_pages);
   bind_normalise(m);
   bind_recurrent(m);
   bind_slot_attention(m);

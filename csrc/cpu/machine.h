@@ -1,6 +1,11 @@
-// What this machine has of that which the kernels' copies are compiled for.
+// What this machine has of that which the kernels' copies are compiled for, and how its memory is asked for.
 #pragma once
 
+#include <cstdint>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
@@ -22,5 +27,16 @@ inline bool has_v4() {
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+
+// Has the system give pages of 2 MB to what lies within, where nothing has been written yet. It may decline.
+inline void advise_huge_pages(uintptr_t begin, uintptr_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+  const uintptr_t from = (begin + PAGE - 1) / PAGE * PAGE, to = (begin + bytes) / PAGE * PAGE;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
 
 }  // namespace recattn

@@ -6,6 +6,9 @@
 // turn: two places take turns, since a block may write the next while another still reads the last. How far all have
 // come is counted in global memory, by release and acquire; the launch is cooperative, or a block might wait for one
 // that has not begun.
+//
+// All meet once in a step, and once more in between for each mean over a row that a layer norm needs (gated_norm.cuh),
+// and in gru_before for r * h, which is multiplied after h: the two then have one of the two places each.
 #pragma once
 
 #include "gated_product.cuh"
@@ -14,14 +17,34 @@
 namespace recattn {
 namespace RECATTN_ISA {
 
-constexpr int gates_of(Cell c) { return c == Cell::lstm ? 4 : c == Cell::gru ? 3 : 1; }
+constexpr bool is_gru(Cell c) { return c == Cell::gru || c == Cell::gru_before; }
+constexpr int gates_of(Cell c) { return c == Cell::lstm ? 4 : is_gru(c) ? 3 : 1; }
 constexpr int kept_of(Cell c) { return c == Cell::gru ? 4 : gates_of(c); }
-constexpr int states_of(Cell c) { return c == Cell::lstm ? 2 : 1; }
+// The second is the lstm's c; in gru_before what waits for the second of its products: z, or its gradient.
+constexpr int states_of(Cell c) { return c == Cell::lstm || c == Cell::gru_before ? 2 : 1; }
+// How often blocks exchange in a step what they multiply.
+constexpr int turns_of(Cell c) { return c == Cell::gru_before ? 2 : 1; }
 
 constexpr int SECTOR = 32;   // bytes that come from memory together
 constexpr int COUNTER = 32;  // unsigned from one group's counter to the next: each has lines of the cache to itself
 
-// One unit of one row of the batch. It has the same thread in every step.
+// Two numbers of a row of the batch, as of its normalisation.
+struct Pair {
+  float first, second;
+};
+
+// The pairs of one row that the slices leave are read two at a time.
+RECATTN_FN int64_t pairs_of_row(const GatedPlan& plan) { return ceil_div(plan.slices, 2) * 2; }
+
+// The bytes that all blocks exchange: what is multiplied, twice, and what rows are normalised by.
+RECATTN_FN int64_t exchange_bytes(const GatedPlan& plan, const Layout& layout) {
+  return 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
+}
+RECATTN_FN int64_t pair_bytes(const GatedPlan& plan, const Layout& layout) {
+  return int64_t(layout.met) * plan.groups * plan.rows * pairs_of_row(plan) * int64_t(sizeof(Pair));
+}
+
+// One unit of one row of the batch. It has the same thread in every step, if not in multiply() that of each_place().
 struct Place {
   int64_t b, n;
   int row, unit;  // in the block
@@ -34,13 +57,28 @@ class Block {
 
  public:
   __device__ Block(const Gated& p, const Layout& layout)
-      : p_(p), group_(int(blockIdx.x) / p.plan.slices),
-        n0_(int64_t(int(blockIdx.x) % p.plan.slices) * p.plan.units), b0_(p.first_row + int64_t(group_) * p.plan.rows),
+      : p_(p), group_(int(blockIdx.x) / p.plan.slices), slice_(int(blockIdx.x) % p.plan.slices),
+        n0_(int64_t(slice_) * p.plan.units), b0_(p.first_row + int64_t(group_) * p.plan.rows),
         row_bytes_(int64_t(layout.segments) * SEGMENT), turn_bytes_(row_bytes_ * p.plan.rows * p.plan.groups),
         exchange_(static_cast<char*>(p.workspace) + row_bytes_ * p.plan.rows * group_),
-        arrived_(reinterpret_cast<unsigned*>(static_cast<char*>(p.workspace) + 2 * turn_bytes_) + group_ * COUNTER) {}
+        pairs_(reinterpret_cast<Pair*>(static_cast<char*>(p.workspace) + exchange_bytes(p.plan, layout))),
+        arrived_(reinterpret_cast<unsigned*>(reinterpret_cast<char*>(pairs_) + pair_bytes(p.plan, layout)) +
+                 group_ * COUNTER) {}
 
+  __device__ const GatedPlan& plan() const { return p_.plan; }
+  __device__ int slice() const { return slice_; }
   __device__ int64_t unit(int i) const { return n0_ + i; }
+  // How many of the units of a slice are of H, and of the block's rows of the batch.
+  __device__ int units_of(int slice) const {
+    const int64_t left = p_.H - int64_t(slice) * p_.plan.units;
+    return int(left < p_.plan.units ? left : p_.plan.units);
+  }
+  __device__ int rows() const {
+    const int64_t left = p_.B - b0_;
+    return int(left < 0 ? 0 : left < p_.plan.rows ? left : p_.plan.rows);
+  }
+  // Which of all the blocks' rows these are.
+  __device__ int64_t row_block() const { return b0_ / p_.plan.rows; }
   // The i-th of the block's units and rows, in an order in which adjacent units are adjacent.
   __device__ Place place(int i) const {
     const int row = i / p_.plan.units, unit = i % p_.plan.units;
@@ -54,6 +92,34 @@ class Block {
   }
   __device__ void leave(int64_t turn, int row, int64_t k, float v) const {
     reinterpret_cast<Element*>(exchanged(turn, row))[k] = E::narrow(v);
+  }
+
+  // What the slices of the group leave of a row to normalise it, the `which`-th in a step.
+  __device__ Pair* pairs(int which, int row) const {
+    return pairs_ + ((int64_t(which) * p_.plan.groups + group_) * p_.plan.rows + row) * pairs_of_row(p_.plan);
+  }
+
+  // f(i, place) for each of the block's places.
+  template <class F>
+  __device__ void each_place(F f) const {
+    for (int i = threadIdx.x; i < p_.plan.rows * p_.plan.units; i += BLOCK_THREADS) {
+      const Place at = place(i);
+      if (at.inside) f(i, at);
+    }
+  }
+  // f(i, place, sum) with sum(row), that of a row of the weights with what was left at a turn, for each of the places.
+  template <class F>
+  __device__ void multiply(Product<E>& product, int64_t turn, const Part& part, F f) const {
+    for (int row0 = 0; row0 < p_.plan.rows; row0 += BATCH) {
+      const int rows = p_.plan.rows - row0 < BATCH ? p_.plan.rows - row0 : BATCH;
+      if (row0 > 0) __syncthreads();
+      product.run(exchanged(turn, row0), rows / COLUMN_TILE, part);
+      __syncthreads();
+      for (int i = row0 * p_.plan.units + threadIdx.x; i < (row0 + rows) * p_.plan.units; i += BLOCK_THREADS) {
+        const Place at = place(i);
+        if (at.inside) f(i, at, [&](int row) { return product.sum(row, at.row - row0, part); });
+      }
+    }
   }
 
   // What the block has left is there for those who wait for it.
@@ -97,13 +163,13 @@ class Block {
       for (int g = 0; g < N; ++g) bits[g] = static_cast<const uint16_t*>(s.data)[first + g * p_.H];
     }
   }
-  // For the rows of which a thread has more places than its first: N times the block's units of a step of a sequence, H
-  // apart, on their way to the second-level cache while the block waits for the others. steps: of each row.
+  // From a row on, as one of which a thread has more places than its first: N times the block's units of a step of a
+  // sequence, H apart, on their way to the second-level cache while the block waits for the others. steps: of each row.
   template <int N>
-  __device__ void prefetch_later(const Sequence& s, Dtype dtype, int64_t t, const int* steps) const {
+  __device__ void prefetch_rows(const Sequence& s, Dtype dtype, int64_t t, const int* steps, int row0 = 0) const {
     const int element = dtype == Dtype::float32 ? 4 : 2;
     const int64_t left = p_.H - n0_, bytes = (left < p_.plan.units ? left : p_.plan.units) * element;
-    for (int i = BLOCK_THREADS / p_.plan.units * N + threadIdx.x; i < p_.plan.rows * N; i += BLOCK_THREADS) {
+    for (int i = row0 * N + threadIdx.x; i < p_.plan.rows * N; i += BLOCK_THREADS) {
       const int row = i / N;
       const int64_t b = b0_ + row;
       if (b >= p_.B || t < 0 || t >= steps[row]) continue;
@@ -121,9 +187,10 @@ class Block {
 
  private:
   const Gated& p_;
-  const int group_;
+  const int group_, slice_;
   const int64_t n0_, b0_, row_bytes_, turn_bytes_;
   char* const exchange_;
+  Pair* const pairs_;
   unsigned* const arrived_;
   unsigned expected_ = 0;
 };
@@ -143,15 +210,19 @@ RECATTN_FN Shares zoneout_backward(const Mask& mask, bool keep, float rate, floa
   return rate == 0.0f ? Shares{0.0f, d} : Shares{rate * d, (1.0f - rate) * d};
 }
 
-// f<E, C>(), C being that of both activations where the cell is an rnn.
+// f<E, C, NORMED>(), C being that of both activations where the cell is an rnn.
 template <class F>
 void by_kernel(const Gated& p, F f) {
+  const auto by_norm = [&]<class E, Cell C>() {
+    return p.ln_weight.data ? f.template operator()<E, C, true>() : f.template operator()<E, C, false>();
+  };
   const auto by_cell = [&]<class E>() {
     switch (p.cell) {
       case Cell::rnn_tanh:
-      case Cell::rnn_relu: return f.template operator()<E, Cell::rnn_tanh>();
-      case Cell::lstm: return f.template operator()<E, Cell::lstm>();
-      case Cell::gru: return f.template operator()<E, Cell::gru>();
+      case Cell::rnn_relu: return by_norm.template operator()<E, Cell::rnn_tanh>();
+      case Cell::lstm: return by_norm.template operator()<E, Cell::lstm>();
+      case Cell::gru: return by_norm.template operator()<E, Cell::gru>();
+      case Cell::gru_before: return f.template operator()<E, Cell::gru_before, false>();
     }
   };
   switch (p.weight_hh.dtype) {
@@ -166,7 +237,7 @@ void by_kernel(const Gated& p, F f) {
 template <class P>
 void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
   const GatedPlan& plan = p.plan;
-  const int64_t exchange = 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
+  const int64_t exchange = exchange_bytes(plan, layout) + pair_bytes(plan, layout);
   if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
     throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
   }

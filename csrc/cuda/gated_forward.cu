@@ -1,5 +1,5 @@
 // The persistent forward kernels of rnn, lstm and gru. See gated.cuh.
-#include "gated.cuh"
+#include "gated_norm.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -56,27 +56,38 @@ __device__ Inputs<C> inputs(const GatedForward& p, const Block<E>& block, const 
   return in;
 }
 
-template <class E, Cell C>
+template <class E, Cell C, bool NORMED>
 Layout layout_of(const GatedForward& p) {
-  constexpr int G = gates_of(C);
-  return {p.plan, G * p.plan.units, p.H, int(sizeof(typename E::Element)), E::STAGE, states_of(C), G * p.plan.units};
+  constexpr int G = gates_of(C), NORMS = C == Cell::lstm ? 2 : 1;
+  const int rows = G * p.plan.units;
+  Needs needs{rows, p.H, int(sizeof(typename E::Element)), E::STAGE, states_of(C), rows};
+  if (NORMED) {
+    needs.biases += rows + (NORMS - 1) * 2 * p.plan.units;
+    needs.table = rows;
+    needs.met = NORMS;
+  }
+  return {p.plan, needs};
 }
 
-template <class E, Cell C>
+template <class E, Cell C, bool NORMED>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     forward_kernel(const __grid_constant__ GatedForward p, const __grid_constant__ Layout layout) {
-  // q = W_hh h[t-1] + bias_hh;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1])
+  // q = W_hh h[t-1] + bias_hh, or LN(W_hh h[t-1]) + bias_hh;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1])
   // A state that is reset before the next step is left as 0 in the exchange, and as it is beside it.
-  constexpr int G = gates_of(C), KEPT = kept_of(C);
+  constexpr int G = gates_of(C), KEPT = kept_of(C), TURNS = turns_of(C);
   using Element = typename E::Element;
-  const int units = p.plan.units, places = p.plan.rows * units;
+  const int units = p.plan.units, places = p.plan.rows * units, columns = G * units;
   char* memory = shared_memory();
   Block<E> block(p, layout);
   Product<E> product(layout, memory);
+  const Norm<E> norm(block, columns);
   float* h = reinterpret_cast<float*>(memory + layout.h);
-  float* c = reinterpret_cast<float*>(memory + layout.c);
+  float* c = reinterpret_cast<float*>(memory + layout.c);  // gru_before: z, from one product to the other
   float* bias = reinterpret_cast<float*>(memory + layout.bias);
+  float *ln_weight = bias + columns, *ln_c_weight = ln_weight + columns, *ln_c_bias = ln_c_weight + units;
   int* steps = reinterpret_cast<int*>(memory + layout.lengths);
+  float* table = reinterpret_cast<float*>(memory + layout.table);  // what is normalised
+  Pair* mean_rstd = reinterpret_cast<Pair*>(memory + layout.statistics);
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
   const bool whole = p.H % Product<E>::QUARTER == 0 && reinterpret_cast<uintptr_t>(weight_hh) % 16 == 0;
@@ -87,70 +98,148 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (whole) return *reinterpret_cast<const uint4*>(from);
     return gather<Element>([&](int i) { return i < left ? from[i] : Element(0); });
   });
-  for (int i = threadIdx.x; i < G * units; i += BLOCK_THREADS) {
-    const int64_t n = block.unit(i % units);
-    bias[i] = n < p.H ? load(p.bias_hh, i / units * p.H + n) : 0.0f;
+  for (int i = threadIdx.x; i < columns; i += BLOCK_THREADS) {
+    const int64_t n = block.unit(i % units), at = i / units * p.H + n;
+    bias[i] = n < p.H ? load(p.bias_hh, at) : 0.0f;
+    if (!NORMED || n >= p.H) continue;
+    bias[i] += load(p.ln_bias, at);
+    ln_weight[i] = load(p.ln_weight, at);
+    if (C == Cell::lstm && i < units) ln_c_weight[i] = load(p.ln_c_weight, n), ln_c_bias[i] = load(p.ln_c_bias, n);
   }
   for (int i = threadIdx.x; i < p.plan.rows; i += BLOCK_THREADS) steps[i] = int(block.steps(block.place(i * units).b));
-  for (int i = threadIdx.x; i < places; i += BLOCK_THREADS) {
-    const Place at = block.place(i);
-    if (!at.inside) continue;
+  block.each_place([&](int i, const Place& at) {
     h[i] = load(p.h0, at.b * p.H + at.n);
     if (C == Cell::lstm) c[i] = load(p.c0, at.b * p.H + at.n);
     block.leave(0, at.row, at.n, p.T > 0 && block.resets(time_of(p, 0), at.b) ? 0.0f : h[i]);
-  }
+  });
   block.arrive();
 
   for (int64_t step = 0; step < p.T; ++step) {
-    const int64_t t = time_of(p, step);
-    Inputs<C> in;
+    const int64_t t = time_of(p, step), turn = step * TURNS;
+    Inputs<C> first;
     if (int(threadIdx.x) < places) {
-      const Place first = block.place(threadIdx.x);
-      in = inputs<E, C>(p, block, first, step, steps[first.row]);
+      const Place at = block.place(threadIdx.x);
+      first = inputs<E, C>(p, block, at, step, steps[at.row]);
     }
-    block.template prefetch_later<G>(p.x, p.dtype, t, steps);
+    block.template prefetch_rows<G>(p.x, p.dtype, t, steps, BLOCK_THREADS / units);
     block.wait();
-    for (int row0 = 0; row0 < p.plan.rows; row0 += BATCH) {
-      const int rows = p.plan.rows - row0 < BATCH ? p.plan.rows - row0 : BATCH;
-      if (row0 > 0) __syncthreads();
-      product.run(block.exchanged(step, row0), rows / COLUMN_TILE);
-      __syncthreads();
-      for (int i = row0 * units + threadIdx.x; i < (row0 + rows) * units; i += BLOCK_THREADS) {
-        const Place at = block.place(i);
-        if (i != int(threadIdx.x)) in = inputs<E, C>(p, block, at, step, steps[at.row]);
-        if (!at.inside) continue;
+
+    const auto inputs_of = [&](int i, const Place& at) {
+      return i == int(threadIdx.x) ? first : inputs<E, C>(p, block, at, step, steps[at.row]);
+    };
+    const auto old_of = [&](int i, const Inputs<C>& in) {
+      return States{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
+    };
+    const auto x_of = [&](const Inputs<C>& in, int gate) { return value_of(in.x[gate], p.dtype); };
+    const auto keep = [&](const Place& at, int k, float v) {
+      if (p.gates) p.gates[((t * p.B + at.b) * KEPT + k) * p.H + at.n] = v;
+    };
+    const auto finish = [&](int i, const Place& at, const Inputs<C>& in, const States& old, const States& fresh) {
+      if (in.valid) {
+        h[i] = zoneout(p.keep_h, in.keep_h, p.zoneout_h, old.h, fresh.h);
+        if (C == Cell::lstm) c[i] = zoneout(p.keep_c, in.keep_c, p.zoneout_c, old.c, fresh.c);
+      }
+      block.leave(turn + TURNS, at.row, at.n, in.next_reset ? 0.0f : h[i]);
+      block.put(p.output, t, at, in.valid ? h[i] : 0.0f);
+      if (C == Cell::lstm && p.cells) p.cells[(t * p.B + at.b) * p.H + at.n] = c[i];
+    };
+
+    if constexpr (NORMED) {
+      block.multiply(product, turn, product.whole(), [&](int, const Place& at, auto sum) {
+        for (int row = at.unit; row < columns; row += units) table[at.row * columns + row] = sum(row);
+      });
+      const auto meet = [&](int which, int gates) {
+        __syncthreads();
+        norm.leave_moments(which, table, gates);
+        block.arrive();
+        block.wait();
+        norm.combine_moments(which, gates, mean_rstd);
+        __syncthreads();
+      };
+      meet(0, G);
+      block.each_place([&](int i, const Place& at) {
+        const Inputs<C> in = inputs_of(i, at);
+        const States old = old_of(i, in);
+        const auto [mean, rstd] = mean_rstd[at.row];
+        float* products = table + at.row * columns + at.unit;
+        float x[G], q[G], kept[KEPT] = {};
+        States fresh{};
+        for (int g = 0; g < G; ++g) {
+          const int row = g * units + at.unit;
+          const float normed = in.valid ? (products[g * units] - mean) * rstd : 0.0f;
+          x[g] = x_of(in, g);
+          q[g] = normed * ln_weight[row] + bias[row];
+          if (p.normed) p.normed[((t * p.B + at.b) * G + g) * p.H + at.n] = normed;
+        }
+        if (p.rstd && at.n == 0) p.rstd[t * p.B + at.b] = in.valid ? rstd : 0.0f;
+        if (in.valid) fresh = cell<C>(p, x, q, old, kept);
+        for (int k = 0; k < KEPT; ++k) keep(at, k, kept[k]);
+        if constexpr (C == Cell::lstm) {
+          products[0] = fresh.c, products[units] = kept[3];
+        } else {
+          finish(i, at, in, old, fresh);
+        }
+      });
+      if constexpr (C == Cell::lstm) {
+        // h = sigmoid(o) * tanh(LN(c))
+        meet(1, 1);
+        block.each_place([&](int i, const Place& at) {
+          const Inputs<C> in = inputs_of(i, at);
+          const auto [mean, rstd] = mean_rstd[at.row];
+          const float *own = table + at.row * columns + at.unit, new_c = own[0], o = own[units];
+          const float normed = (new_c - mean) * rstd;
+          const float h_new = o * tanh_(normed * ln_c_weight[at.unit] + ln_c_bias[at.unit]);
+          finish(i, at, in, old_of(i, in), {h_new, new_c});
+        });
+      }
+    } else if constexpr (C == Cell::gru_before) {
+      // r = sigmoid(x_r + q_r);  z = sigmoid(x_z + q_z);  n = tanh(x_n + W_hn (r * h) + bias_n)
+      block.multiply(product, turn, product.of_rows(0, 2 * units), [&](int i, const Place& at, auto sum) {
+        const Inputs<C> in = inputs_of(i, at);
+        const auto gate = [&](int g) {
+          const int row = g * units + at.unit;
+          const float v = in.valid ? sigmoid(x_of(in, g) + (sum(row) + bias[row])) : 0.0f;
+          keep(at, g, v);
+          return v;
+        };
+        block.leave(turn + 1, at.row, at.n, gate(0) * old_of(i, in).h);
+        c[i] = gate(1);
+      });
+      block.arrive();
+      block.wait();
+      block.multiply(product, turn + 1, product.of_rows(2 * units, 3 * units), [&](int i, const Place& at, auto sum) {
+        const Inputs<C> in = inputs_of(i, at);
+        const States old = old_of(i, in);
+        const int row = 2 * units + at.unit;
+        const float n = in.valid ? tanh_(x_of(in, 2) + (sum(row) + bias[row])) : 0.0f;
+        keep(at, 2, n);
+        finish(i, at, in, old, {gru_state(c[i], n, old.h), 0.0f});
+      });
+    } else {
+      block.multiply(product, turn, product.whole(), [&](int i, const Place& at, auto sum) {
+        const Inputs<C> in = inputs_of(i, at);
+        const States old = old_of(i, in);
+        float x[G], q[G], kept[KEPT] = {};
+        States fresh{};
         if (in.valid) {
-          const States old{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
-          float x[G], q[G], kept[KEPT];
           for (int g = 0; g < G; ++g) {
             const int row = g * units + at.unit;
-            x[g] = value_of(in.x[g], p.dtype);
-            q[g] = product.sum(row, at.row - row0) + bias[row];
+            x[g] = x_of(in, g);
+            q[g] = sum(row) + bias[row];
           }
-          const States fresh = cell<C>(p, x, q, old, kept);
-          h[i] = zoneout(p.keep_h, in.keep_h, p.zoneout_h, old.h, fresh.h);
-          if (C == Cell::lstm) c[i] = zoneout(p.keep_c, in.keep_c, p.zoneout_c, old.c, fresh.c);
-          if (p.gates) {
-            for (int k = 0; k < KEPT; ++k) p.gates[((t * p.B + at.b) * KEPT + k) * p.H + at.n] = kept[k];
-          }
+          fresh = cell<C>(p, x, q, old, kept);
         }
-        block.leave(step + 1, at.row, at.n, in.next_reset ? 0.0f : h[i]);
-        block.put(p.output, t, at, in.valid ? h[i] : 0.0f);
-        if (C == Cell::lstm && p.cells) p.cells[(t * p.B + at.b) * p.H + at.n] = c[i];
-        if (!in.valid && p.gates) {
-          for (int k = 0; k < KEPT; ++k) p.gates[((t * p.B + at.b) * KEPT + k) * p.H + at.n] = 0.0f;
-        }
-      }
+        for (int k = 0; k < KEPT; ++k) keep(at, k, kept[k]);
+        finish(i, at, in, old, fresh);
+      });
     }
     if (step + 1 < p.T) block.arrive();
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < places; i += BLOCK_THREADS) {
-    const Place at = block.place(i);
-    if (!at.inside) continue;
+  block.each_place([&](int i, const Place& at) {
     store(p.h_n, at.b * p.H + at.n, h[i]);
     if (C == Cell::lstm) store(p.c_n, at.b * p.H + at.n, c[i]);
-  }
+  });
 }
 
 }  // namespace
@@ -159,8 +248,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 using namespace RECATTN_ISA;
 
 void gated_forward(const GatedForward& p, cudaStream_t stream) {
-  by_kernel(p, [&]<class E, Cell C>() {
-    launch(forward_kernel<E, C>, p, layout_of<E, C>(p), stream, "gated: the forward kernel");
+  by_kernel(p, [&]<class E, Cell C, bool NORMED>() {
+    launch(forward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the forward kernel");
   });
 }
 

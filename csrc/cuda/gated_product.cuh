@@ -132,26 +132,45 @@ struct Float32Product {
   }
 };
 
+// What a kernel has in shared memory beside its lengths.
+struct Needs {
+  int rows;       // of the weights
+  int64_t inner;  // their length
+  int element, stage;
+  int states;  // float32 of each of the block's units, for each row of the batch
+  int biases;
+  int table = 0;  // float32 for each row of the batch, in a kernel that normalises
+  int met = 0;    // how many pairs of numbers a block leaves of each row in a step, to normalise it
+};
+
+constexpr int ROW_STATISTICS = 3;  // pairs of a row, in a kernel that normalises
+
 // Where everything lies in a block's shared memory. launch_plan.py counts the bytes as this does.
 struct Layout {
   int row_tiles, columns;  // columns: of a chunk of the batch, at most BATCH
-  int segments, row_stride;
-  int64_t parts, stage, h, c, bias, lengths, bytes;
+  int segments, row_stride, met;
+  int64_t parts, stage, h, c, bias, lengths, table, statistics, bytes;
 
-  // rows and inner: of the weights; states: how many float32 of the block's units are kept for each row of the batch
-  RECATTN_FN Layout(const GatedPlan& plan, int rows, int64_t inner, int element, int stage_bytes, int states,
-                    int biases)
-      : row_tiles(int(ceil_div(rows, ROW_TILE))), segments(int(ceil_div(inner * element, SEGMENT))) {
+  RECATTN_FN Layout(const GatedPlan& plan, const Needs& needs)
+      : row_tiles(int(ceil_div(needs.rows, ROW_TILE))),
+        segments(int(ceil_div(needs.inner * needs.element, SEGMENT))), met(needs.met) {
     columns = plan.rows < BATCH ? plan.rows : BATCH;
     row_stride = row_tiles * ROW_TILE + 4;  // four columns of eight rows, as a warp writes them, are in 32 banks
     parts = int64_t(row_tiles) * ROW_TILE * segments * SEGMENT;
     stage = parts + int64_t(WARPS) * columns * row_stride * 4;
-    h = stage + int64_t(WARPS) * stage_bytes;
+    h = stage + int64_t(WARPS) * needs.stage;
     c = h + int64_t(plan.rows) * plan.units * 4;
-    bias = states > 1 ? c + (c - h) : c;
-    lengths = bias + ceil_div(biases, 4) * 16;
-    bytes = lengths + int64_t(plan.rows) * 4;
+    bias = needs.states > 1 ? c + (c - h) : c;
+    lengths = bias + ceil_div(needs.biases, 4) * 16;
+    table = lengths + int64_t(plan.rows) * 4;
+    statistics = table + int64_t(plan.rows) * needs.table * 4;
+    bytes = statistics + (needs.table > 0 ? int64_t(plan.rows) * ROW_STATISTICS * 8 : 0);
   }
+};
+
+// Some of a product: tiles of the weights' rows, and segments of the inner dimension. Without a segment it is 0.
+struct Part {
+  int tile, tiles, segment, segments;
 };
 
 // 16 bytes, of elements of which element(i) is the i-th.
@@ -207,20 +226,35 @@ class Product {
     }
   }
 
+  __device__ Part whole() const { return {0, layout_.row_tiles, 0, layout_.segments}; }
+  // The rows from `begin` to `end`, and what else is in their tiles.
+  __device__ Part of_rows(int begin, int end) const {
+    const int tile = begin / ROW_TILE;
+    return {tile, int(ceil_div(end, ROW_TILE)) - tile, 0, layout_.segments};
+  }
+  // The elements from `begin` to `end` of the inner dimension, and what else is in their segments.
+  __device__ Part of_inner(int64_t begin, int64_t end) const {
+    constexpr int ELEMENTS = SEGMENT / sizeof(Element);
+    const int segment = int(begin / ELEMENTS);
+    return {0, layout_.row_tiles, segment, int(ceil_div(end, ELEMENTS)) - segment};
+  }
+
   // Of the rows of states from `states` on, each layout.segments long. To be followed by a __syncthreads.
-  __device__ void run(const char* states, int column_tiles) {
+  __device__ void run(const char* states, int column_tiles, const Part& part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
     const int64_t row_bytes = int64_t(layout_.segments) * SEGMENT;
     const char* lane_states = states + row * row_bytes + column * 16;
+    const uint4* weights = weights_ + int64_t(part.tile) * layout_.segments * 64;
+    const int end = part.segment + part.segments;
     float sum[ROW_TILES][COLUMN_TILES][4] = {};
-    for (int first = warp; first < layout_.segments; first += WARPS * AHEAD) {
+    for (int first = part.segment + warp; first < end; first += WARPS * AHEAD) {
       uint4 ahead[AHEAD][COLUMN_TILES];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const int segment = first + i * WARPS;
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; ++n) {
-          if (segment < layout_.segments && n < column_tiles) {
+          if (segment < end && n < column_tiles) {
             ahead[i][n] = load_exchanged(lane_states + n * COLUMN_TILE * row_bytes + segment * SEGMENT);
           }
         }
@@ -228,19 +262,18 @@ class Product {
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const int segment = first + i * WARPS;
-        if (segment < layout_.segments) {
-          E::multiply(sum, weights_ + segment * 64, layout_.segments * 64, layout_.row_tiles, ahead[i], column_tiles,
-                      stage_);
+        if (segment < end) {
+          E::multiply(sum, weights + segment * 64, layout_.segments * 64, part.tiles, ahead[i], column_tiles, stage_);
         }
       }
     }
-    if (warp >= layout_.segments) return;  // and sum() leaves it out
+    if (warp >= part.segments) return;  // and sum() leaves it out
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; ++n) {
-        if (m < layout_.row_tiles && n < column_tiles) {
-          float* at = part(warp, n * COLUMN_TILE + 2 * column) + m * ROW_TILE + row;
+        if (m < part.tiles && n < column_tiles) {
+          float* at = part_of(warp, n * COLUMN_TILE + 2 * column) + (part.tile + m) * ROW_TILE + row;
           at[0] = sum[m][n][0];
           at[layout_.row_stride] = sum[m][n][1];
           at[8] = sum[m][n][2];
@@ -250,15 +283,16 @@ class Product {
     }
   }
 
-  __device__ float sum(int row, int column) const {
-    const int warps = layout_.segments < WARPS ? layout_.segments : WARPS;
+  // Of one of the part's rows.
+  __device__ float sum(int row, int column, const Part& part) const {
+    const int warps = part.segments < WARPS ? part.segments : WARPS;
     float total = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) total += part(warp, column)[row];
+    for (int warp = 0; warp < warps; ++warp) total += part_of(warp, column)[row];
     return total;
   }
 
  private:
-  __device__ float* part(int warp, int column) const {
+  __device__ float* part_of(int warp, int column) const {
     return parts_ + (warp * layout_.columns + column) * layout_.row_stride;
   }
 

@@ -52,7 +52,7 @@ struct IndrnnBackward : Indrnn {
 };
 
 // The order is that of CELLS in recattn_kernels/ops/gated/contract.py.
-enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru };
+enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_before };
 
 // How a persistent kernel is laid out, by recattn_kernels/ops/gated/launch_plan.py: block (slice, group) has the units
 // from slice * units on and, of each pass over slices * groups blocks, the rows from group * rows on.
@@ -72,13 +72,15 @@ struct Gated {
   Dtype dtype;             // of the sequences
   bool tf32;               // whether float32 may be multiplied as TF32
   Plain weight_hh;         // (G*H, H); its type is that of the product
+  // (G*H,), and (H,) of the lstm's c; absent: no layer norm
+  Plain ln_weight, ln_bias, ln_c_weight, ln_c_bias;
   Mask reset;              // (T, B)
   const int64_t* lengths;  // (B,) or null; clamped to [0, T]
   bool reverse;
   float zoneout_h, zoneout_c;  // the rates, 0 for none
   Mask keep_h, keep_c;         // (T, B, H)
   GatedPlan plan;
-  void* workspace;    // what is exchanged between blocks, then a counter of each group
+  void* workspace;    // what is exchanged between blocks, and last a counter of each group
   int64_t first_row;  // of the pass
 };
 
@@ -86,17 +88,20 @@ struct GatedForward : Gated {
   Plain bias_hh;  // (G*H,)
   Plain h0, c0;   // (B, H)
   Sequence x, output;
-  Plain h_n, c_n;        // (B, H)
-  float *gates, *cells;  // kept for the backward, (T, B, KEPT*H) and (T, B, H); or null
+  Plain h_n, c_n;  // (B, H)
+  // Kept for the backward, or null. normed: W_hh h, normalised; rstd: by what it was multiplied.
+  float *gates, *cells, *normed, *rstd;  // (T, B, KEPT*H), (T, B, H), (T, B, G*H), (T, B)
 };
 
 struct GatedBackward : Gated {
   Plain h0, c0;  // (B, H)
   Sequence grad_output, output;
-  Sequence gates;      // as kept, float32
-  float* cells;        // as kept
+  Sequence gates;                // as kept, float32
+  float *cells, *normed, *rstd;  // as kept
   Sequence grad_x;
-  Sequence grad_q;           // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
+  Sequence grad_q;  // dL/d(W_hh h) in weight_hh's type; null where it is grad_x
+  // Of each plan.rows rows of the batch dL/dln_weight, dL/dln_bias and, in the lstm, dL/dln_c_weight, dL/dln_c_bias.
+  float* sums;
   Plain grad_h_n, grad_c_n;  // (B, H)
   Plain grad_h0, grad_c0;    // (B, H)
   float grad_clip;           // infinity: no clipping

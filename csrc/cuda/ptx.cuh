@@ -22,6 +22,9 @@ __device__ inline uint4 load_exchanged(const void* from) {
   return v;
 }
 
+// The value that the lane has whose number differs in these bits.
+__device__ inline float shuffle_xor(float v, int bits) { return __shfl_xor_sync(0xffffffffu, v, bits); }
+
 // What holds this byte is on its way to the second-level cache, and nobody waits for it.
 __device__ inline void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));

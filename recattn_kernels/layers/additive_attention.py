@@ -12,6 +12,7 @@ from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import LSTMCell
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
+from recattn_kernels.layers.tracing import Proxy, leaf, savable
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.gated.api import pair
@@ -109,6 +110,11 @@ class AdditiveAttention(nn.Module):
         projected: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(query, Proxy):
+            return leaf(
+                AdditiveAttention.forward, self, query, keys, values=values, mask=mask, projected=projected,
+                return_weights=return_weights,
+            )  # fmt: skip
         _check("AdditiveAttention", "query", query, "(B, query_dim)", self.query_dim, self.weight)
         if values is None:
             values = keys
@@ -133,6 +139,7 @@ class AdditiveAttention(nn.Module):
         return ", ".join(options + changed_options(self, activation="tanh", bias=True, backend=None))
 
 
+@savable
 class AttentionStep(NamedTuple):
     """What a step of :class:`AttentionLSTMCell` gives."""
 
@@ -233,6 +240,8 @@ class AttentionLSTMCell(nn.Module):
         mask: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> AttentionStep:
+        if isinstance(input, Proxy):
+            return leaf(AttentionLSTMCell.forward, self, input, state, keys, mask=mask, projected=projected)
         _check("AttentionLSTMCell", "input", input, "(B, input_size)", self.input_size, self.attention.weight)
         h, c = pair("AttentionLSTMCell", "state", state, "a pair of Tensors (h, c)")
         if state is None:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from recattn_kernels import checks
 from recattn_kernels.layers.gated_base import Gated, States
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
+from recattn_kernels.layers.tracing import Proxy, leaf
 
 
 class Layer(Gated, nn.RNNBase):
@@ -40,6 +41,8 @@ class Layer(Gated, nn.RNNBase):
         lengths: Tensor | list[int] | None = None,
         reset: Tensor | None = None,
     ) -> Any:
+        if isinstance(input, Proxy):
+            return leaf(Layer.forward, self, input, hx=hx, lengths=lengths, reset=reset)
         name = self._vendor.__name__
         extras = ["lengths"] if lengths is not None else []
         if reset is not None:
@@ -177,7 +180,8 @@ class RNN(Layer, nn.RNN):
 
     Under autocast the results have the dtypes of torch.nn's: 16 bits, but float32 in a GRU on a CPU. Inside a function
     given to torch.compile, every torch.nn.RNN breaks the graph unless torch._dynamo.config.allow_rnn is set, and so
-    this one.
+    this one. To torch.fx.symbolic_trace it is one node, as torch.nn.RNN; with hooks, or where a class derived from it
+    has its own forward, only by a Tracer whose is_leaf_module says so.
 
     Raises:
         What torch.nn.RNN raises where it checks; ValueError, TypeError otherwise, naming the argument.

@@ -49,6 +49,7 @@ class Gated(nn.Module):
     input_size: int
     hidden_size: int
     bias: bool
+    dropout: float = 0.0  # of a layer: cells have none
 
     def __init__(
         self,
@@ -58,6 +59,8 @@ class Gated(nn.Module):
         recurrent_dropout: float = 0.0,
         grad_clip: float | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         name = self._vendor.__name__
@@ -70,6 +73,8 @@ class Gated(nn.Module):
         if grad_clip is not None:
             checks.positive(name, "grad_clip", grad_clip)
         backends.requested(name, backend)
+        # Named here for torch.nn.utils.skip_init, which looks for them; a cell of torch.nn takes them by position too.
+        kwargs |= {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         super().__init__(*args, **kwargs)
         self.layer_norm = layer_norm
         self.zoneout = zoneout
@@ -189,11 +194,17 @@ class Gated(nn.Module):
                 )
             return name
         # torch.nn refuses empty sequences, and a transform is followed by the reference alone.
-        if extras or T == 0 or backends.under_transform():
+        if extras or T == 0 or backends.under_transform() or input.dtype not in checks.FLOATING:
             return name
         dtype = projected_dtype(input, input.dtype)
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
             T, B = 1 if T == 1 else MANY, MANY
+        weight_hh = self._weight_hh()  # once: a parametrisation computes it anew each time
+        needs_grad = differentiates and (input.requires_grad or weight_hh.requires_grad)
+        if self.training and self.dropout > 0:
+            # torch.nn's kernels draw another mask from the same random numbers, and what checkpoint() first computes
+            # without a gradient and then with one has to be the same.
+            needs_grad = True
         vendor = (
             getattr(self, "proj_size", 0) > 0
             or vendor_is_faster(
@@ -204,9 +215,9 @@ class Gated(nn.Module):
                 B=B,
                 H=self.hidden_size,
                 packed=packed is not None,
-                needs_grad=differentiates and (input.requires_grad or self._weight_hh().requires_grad),
+                needs_grad=needs_grad,
             )
-            or not fused_runs(self._op, self._cell, self._weight_hh(), dtype, T, B, packed)
+            or not fused_runs(self._op, self._cell, weight_hh, dtype, T, B, packed)
         )
         return "vendor" if vendor else name
 

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from recattn_kernels import checks
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_base import Gated
+from recattn_kernels.layers.tracing import Proxy, leaf
 
 
 class Cell(Gated, nn.RNNCellBase):
     """What the three cells share: the call."""
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if isinstance(input, Proxy):
+            return leaf(Cell.forward, self, input, hx=hx)
         name = self._vendor.__name__
         checks.tensor(name, "input", input)
         dim = input.dim()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.options import changed_options
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.glimpse.api import glimpse
 from recattn_kernels.ops.glimpse.contract import COORDS, MODES, PADDINGS
 
@@ -92,6 +93,8 @@ class GlimpseSensor(nn.Module):
         self.backend = backend
 
     def forward(self, image: Tensor, loc: Tensor, zoom: float | Tensor | None = None) -> Tensor:
+        if isinstance(image, Proxy):
+            return leaf(GlimpseSensor.forward, self, image, loc, zoom=zoom)
         return glimpse(
             image, loc, self.size, scales=self.scales, scale_factor=self.scale_factor,
             zoom=self.zoom if zoom is None else zoom, mode=self.mode, padding=self.padding, coords=self.coords,
@@ -178,6 +181,8 @@ class GlimpseNetwork(nn.Module):
             linear.reset_parameters()
 
     def forward(self, glimpse: Tensor, loc: Tensor) -> Tensor:
+        if isinstance(glimpse, Proxy):
+            return leaf(GlimpseNetwork.forward, self, glimpse, loc)
         checks.tensor("GlimpseNetwork", "glimpse", glimpse)
         checks.tensor("GlimpseNetwork", "loc", loc)
         checks.shape("GlimpseNetwork", "glimpse", glimpse, "(B, S, C, gh, gw)", (*glimpse.shape[:1], *self._shape))

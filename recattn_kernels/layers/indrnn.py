@@ -23,6 +23,7 @@ from recattn_kernels.layers.indrnn_cell import (
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
 from recattn_kernels.layers.projection import project
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -211,6 +212,8 @@ class IndRNN(nn.Module):
         lengths: Tensor | list[int] | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(input, Proxy):
+            return leaf(IndRNN.forward, self, input, h0=h0, lengths=lengths, reset=reset)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("IndRNN: lengths must be None with a PackedSequence, which has its own")

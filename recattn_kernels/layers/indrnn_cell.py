@@ -11,6 +11,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, projected_dtype
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -123,6 +124,8 @@ class IndRNNCell(nn.Module):
         return self
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(IndRNNCell.forward, self, input, hx=hx)
         checks.tensor("IndRNNCell", "input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"IndRNNCell: input must be (B, D) or (D,), got {tuple(input.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recattn_kernels import backends
 from recattn_kernels.layers.projection import COMPILED
+from recattn_kernels.strides import cpu, huge_pages
 
 
 def normalise(x: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -36,14 +37,14 @@ def _plain(x: Tensor, eps: float) -> Tensor:
 def _forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    huge_pages(y)
     _run(x, eps, (x.data_ptr(), y.data_ptr(), rstd.data_ptr(), 0, 0))
     return y, rstd
 
 
 def _run(x: Tensor, eps: float, pointers: tuple[int, ...]) -> None:
-    module: Any = backends.extension("_cpu")
     D = x.shape[-1]
-    module.normalise((x.numel() // D, D), eps, *pointers, torch.get_num_threads())
+    cpu().normalise((x.numel() // D, D), eps, *pointers, torch.get_num_threads())
 
 
 class _Normalise(torch.autograd.Function):
@@ -65,5 +66,6 @@ class _Normalise(torch.autograd.Function):
             return (grad - grad.mean(-1, keepdim=True) - y * along) * rstd.unsqueeze(-1), None
         grad = grad.contiguous()
         dx = torch.empty_like(y)
+        huge_pages(dx)
         _run(y, ctx.eps, (0, y.data_ptr(), rstd.data_ptr(), grad.data_ptr(), dx.data_ptr()))
         return dx, None

@@ -50,7 +50,8 @@ class Packed:
         self.T, self.B = len(batch_sizes), int(batch_sizes[0])
         # Rows of one length: packed and padded are the same memory.
         self.even = int(batch_sizes[-1]) == self.B
-        self.lengths = None if self.even else (torch.arange(self.B) < batch_sizes[:, None]).sum(0)
+        rows = torch.arange(self.B, device=batch_sizes.device)
+        self.lengths = None if self.even else (rows < batch_sizes[:, None]).sum(0)
 
     def pad(self, x: Tensor) -> Tensor:
         if self.even:

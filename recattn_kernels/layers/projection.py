@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.strides import cpu, huge_pages
 
 COMPILED = ("auto", "cpp")  # the backends under which what a layer computes itself may run in csrc
 
@@ -71,8 +72,9 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) times b (K, N), of any strides, + bias (N,): float32 on a CPU, without a derivative."""
     (M, K), N = a.shape, b.shape[1]
     c = a.new_empty(M, N)
+    huge_pages(c)
     bias = None if bias is None else bias.contiguous()
-    _cpu().gemm(
+    cpu().gemm(
         (M, N, K), 0, (a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (c.data_ptr(), N),
         0 if bias is None else bias.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -83,9 +85,5 @@ def column_sum(a: Tensor) -> Tensor:
     """The sum of a (M, N) over its rows."""
     a = a if a.stride(1) == 1 else a.contiguous()
     out = a.new_empty(a.shape[1])
-    _cpu().column_sum(tuple(a.shape), 0, (a.data_ptr(), a.stride(0)), out.data_ptr(), torch.get_num_threads())
+    cpu().column_sum(tuple(a.shape), 0, (a.data_ptr(), a.stride(0)), out.data_ptr(), torch.get_num_threads())
     return out
-
-
-def _cpu() -> Any:
-    return backends.extension("_cpu")

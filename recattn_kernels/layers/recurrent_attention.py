@@ -14,11 +14,13 @@ from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
 from recattn_kernels.layers.options import changed_options, from_generator
+from recattn_kernels.layers.tracing import Proxy, leaf, savable
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 
 CORES = ("rnn", "lstm")
 
 
+@savable
 class RecurrentAttentionOutput(NamedTuple):
     """What RecurrentAttention returns; see there."""
 
@@ -215,6 +217,8 @@ class RecurrentAttention(nn.Module):
     def forward(
         self, image: Tensor, *, samples: int = 1, generator: torch.Generator | None = None
     ) -> RecurrentAttentionOutput:
+        if isinstance(image, Proxy):
+            return leaf(RecurrentAttention.forward, self, image, samples=samples, generator=generator)
         self._check(image, samples)
         B, M, T = image.shape[0], samples, self.num_glimpses
         weight = self.classifier.weight

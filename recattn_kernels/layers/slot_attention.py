@@ -16,6 +16,7 @@ from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention_over, is_plain, linear
 from recattn_kernels.layers.slot_attention_iterations import Masks, fused
+from recattn_kernels.layers.tracing import Proxy, leaf
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
 NAME = "SlotAttention"
@@ -194,6 +195,11 @@ class SlotAttention(nn.Module):
         return_attn: bool = False,
         generator: Generator | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(inputs, Proxy):
+            return leaf(
+                SlotAttention.forward, self, inputs, slots=slots, num_slots=num_slots, slot_mask=slot_mask,
+                input_mask=input_mask, return_attn=return_attn, generator=generator,
+            )  # fmt: skip
         K = self._check(inputs, slots, num_slots, slot_mask, input_mask, return_attn)
         slots = self._initial(inputs.shape[0], K, generator) if slots is None else slots
         absent = None if slot_mask is None else ~slot_mask.unsqueeze(-1)

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on a CPU, for tests: with this folder before the others on the include path a C++ compiler takes
 // csrc/cuda/gated_*.cu and bindings.cpp as they are. Every thread of every block is a context of its own, and they take
-// turns in a random order wherever one waits, so that a kernel that leaves out a barrier computes nonsense sooner or
-// later. Shared memory begins as NaN and ends where the launch says, with a page that must not be touched behind it.
+// turns in a random order wherever one waits, in some launches with some blocks as far ahead of others as barriers let
+// them, so that a kernel that leaves out a barrier computes nonsense sooner or later. Shared memory begins as NaN and ends where the launch says, with a page that must not be touched behind it.
 #pragma once
 
 #include <sys/mman.h>
@@ -148,8 +148,16 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
     makecontext(&thread.context, enter, 0);
     ready.push_back(&thread);
   }
+  std::vector<unsigned> rank(blocks);
+  std::generate(rank.begin(), rank.end(), [] { return random(); });
+  const int draws = random() % 2 ? 1 : 8;  // the thread of the first block among so many is next
   while (!ready.empty()) {
-    std::swap(ready[random() % ready.size()], ready.back());
+    size_t next = random() % ready.size();
+    for (int i = 1; i < draws; ++i) {
+      const size_t other = random() % ready.size();
+      if (rank[ready[other]->block_index] < rank[ready[next]->block_index]) next = other;
+    }
+    std::swap(ready[next], ready.back());
     current = ready.back();
     ready.pop_back();
     threadIdx.x = current->index;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.additive_attention import reference
@@ -113,6 +115,8 @@ def additive_attention(
     Sources: Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", ICLR
     2015, arXiv:1409.0473; Xu et al., "Show, attend and tell", ICML 2015, arXiv:1502.03044.
     """
+    if has_torch_function((query, keys, weight, values)) and not torch.compiler.is_compiling():
+        return handle_torch_function(additive_attention, (query, keys, weight, values), **locals())
     call = normalise(query, keys, weight, values, mask=mask, activation=activation, return_weights=return_weights)
     context, a = OPERATOR.run(BACKENDS, backend, call)
     return (context, a) if return_weights else context

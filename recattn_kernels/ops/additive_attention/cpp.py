@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, huge_pages, plain, pointer
 
 # As csrc/cells.h's enum Activation has them.
 CODES = {"relu": 0, "tanh": 1}
@@ -47,6 +47,7 @@ def backward(
     results = [
         t.new_empty(t.shape, dtype=kind) if need else None for t, kind, need in zip(four, kinds, needs[:4], strict=True)
     ]
+    huge_pages(*results)
     blocks = -(-N // cpu().ADDITIVE_ROWS)
     scores, sums = query.new_empty((B, N), dtype=dtype), query.new_empty((2, B, blocks, A), dtype=dtype)
     held, arguments = _arguments(query, keys, weight, values, mask, options[0])

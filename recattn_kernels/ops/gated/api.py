@@ -155,7 +155,8 @@ class _Gated(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             results = _recompute(ctx.op, Call(*inputs, *ctx.options), grads[:3], needs)
         else:
-            args = (*grads[:3], output, *inputs[1:], *ctx.options, *kept, ctx.backend)
+            needs_weight = needs[PARAMETERS.index("weight_hh")]
+            args = (*grads[:3], output, *inputs[1:], *ctx.options, *kept, needs_weight, ctx.backend)
             if backends.dispatches(*args[:4], *inputs[1:]):
                 results = getattr(torch.ops.recattn_kernels, f"{ctx.op}_backward").default(*args)
             else:

@@ -140,11 +140,11 @@ def reads_output(call: Call) -> bool:
     return call.gates == 1 and not zoneout and call.x.dtype == compute_dtype(call.x.dtype)
 
 
-def empty_backward(call: Call) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of PARAMETERS; call.x is the output."""
+def empty_backward(call: Call, needs_weight: bool = True) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of PARAMETERS; call.x is the output. That of weight_hh is empty where not needed."""
     _, _, H = call.sizes
     dx = call.x.new_empty((*call.x.shape[:2], call.gates * H))
-    parameters = (getattr(call, name) for name in PARAMETERS[1:])
+    parameters = (getattr(call, name) if needs_weight or name != "weight_hh" else None for name in PARAMETERS[1:])
     return (dx, *(dx.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters))
 
 
@@ -155,10 +155,11 @@ def define(op: str) -> None:
         " Tensor gates, Tensor cells, Tensor normed, Tensor rstd)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    # The gradient of x needs output in x's place, and not x. An absent gradient is an empty tensor.
+    # The gradient of x needs output in x's place, and not x. An absent gradient is an empty tensor. That of weight_hh,
+    # half of the backward's time, is not made for frozen weights; the others come by the way.
     LIBRARY.define(
         f"{op}_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, {_ARGUMENTS},"
-        " Tensor gates, Tensor cells, Tensor normed, Tensor rstd, str backend)"
+        " Tensor gates, Tensor cells, Tensor normed, Tensor rstd, bool needs_weight, str backend)"
         f" -> ({', '.join(f'Tensor grad_{name}' for name in PARAMETERS)})",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
@@ -174,7 +175,7 @@ def define(op: str) -> None:
         return output, h_n, c_n, *kept
 
     def fake_backward(*args: Any) -> tuple[Tensor, ...]:
-        return empty_backward(Call(*args[3:-5]))
+        return empty_backward(Call(*args[3:-6]), args[-2])
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(op, run_forward, key)
@@ -193,10 +194,11 @@ def forward(op: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def backward(op: str, *args: Any) -> tuple[Tensor, ...]:
-    """The gradients of PARAMETERS from those of output, h_n and c_n, the call with output for x, and what was kept."""
+    """The gradients of PARAMETERS from those of output, h_n and c_n, the call with output for x, what was kept, whether
+    weight_hh's is needed, and the backend."""
     grads: Sequence[Tensor | None] = args[:3]
-    call, kept, backend = Call(*args[3:-5]), Kept(*args[-5:-1]), args[-1]
-    return tuple(backends.load(op, backend).backward(grads, call, kept))
+    call, kept, needs_weight, backend = Call(*args[3:-6]), Kept(*args[-6:-2]), args[-2], args[-1]
+    return tuple(backends.load(op, backend).backward(grads, call, kept, needs_weight))
 
 
 def cpp_refusal(call: Call) -> str | None:
@@ -212,16 +214,19 @@ def triton_refusal(call: Call) -> str | None:
 def cuda_refusal(call: Call) -> str | None:
     """Why the CUDA kernels cannot run the call: what Triton's cannot they cannot either, and weight_hh has to fit."""
     reason = triton_refusal(call)
-    if reason is None and call.ln_weight is not None:
-        reason = "it has no layer normalisation, which needs all gates of a row at once"
-    if reason is None and call.cell == "gru_before":
-        reason = "it has no reset_after=False, whose two products depend on each other"
     # H may be a symbol to a compiler, which cannot ask for the GPU's properties either: there the launch raises.
     if reason is not None or torch.compiler.is_compiling():
         return reason
+    return launch_plan.refusal(problem_of(call), gpu.gpu_of(call.weight_hh.device))
+
+
+def problem_of(call: Call) -> launch_plan.Problem:
+    """What the forward of the call is to be laid out for."""
     weight_hh = call.weight_hh
-    exact, on = multiplies_exactly(weight_hh.dtype), gpu.gpu_of(weight_hh.device)
-    return launch_plan.refusal(call.gates, call.sizes[2], weight_hh.element_size(), exact, on)
+    return launch_plan.Problem(
+        call.gates, call.sizes[2], weight_hh.element_size(), multiplies_exactly(weight_hh.dtype), backward=False,
+        normed=call.ln_weight is not None, twice=call.direct < call.gates,
+    )  # fmt: skip
 
 
 def multiplies_exactly(weight_hh: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.gated.contract import CELLS, PARAMETERS, Call, Kept, empty_forward
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer, present, sequence
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, huge_pages, plain, pointer, present, sequence
 
 # As csrc/cpu/kernels.h's enum Cell has them.
 CELL_CODES = {name: code for code, name in enumerate(CELLS)}
@@ -21,6 +21,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     dtype = compute_dtype(call.x.dtype)
     x = contiguous_rows(call.x)
     output, h_n, c_n, kept = empty_forward(call, keep)
+    huge_pages(output, *kept)
     if call.lengths is not None:
         for tensor in kept:
             tensor.zero_()  # the kernel leaves out the steps past a row's end, and an op's outputs are all defined
@@ -33,7 +34,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
 
 
-def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
     dtype, time = compute_dtype(call.x.dtype), call.time
     T, B, H = call.sizes
     GH = call.gates * H
@@ -44,7 +45,10 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
     # Of q = W_hh h: that of x itself where q is added to it and to nothing else.
     shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
     dq = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
+    huge_pages(dx, dq)
     parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
+    if not needs_weight:
+        parameters["weight_hh"] = None
     found = {name: None if p is None else output.new_empty(p.shape, dtype=dtype) for name, p in parameters.items()}
     holds, common = _common(call, dtype)
     cpu().gated_backward(

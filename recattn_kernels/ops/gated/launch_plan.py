@@ -1,9 +1,9 @@
 """How the persistent CUDA kernels of rnn, lstm and gru are laid out on a GPU, or why they cannot be.
 
-All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step. A block has
-`units` of the H hidden units and `rows` of the batch. As many blocks as there are `slices` cover H together, and
-exchange what they compute; each group of them has rows of its own and knows nothing of the others. A batch that needs
-more groups than fit is taken in several passes.
+All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step, once or more
+(Problem.meetings). A block has `units` of the H hidden units and `rows` of the batch. As many blocks as there are
+`slices` cover H together, and exchange what they compute; each group of them has rows of its own and knows nothing of
+the others. A batch that needs more groups than fit is taken in several passes.
 
 Forward, a block's weights are the rows of W_hh of its units, of all gates; backward, the columns.
 """
@@ -22,6 +22,8 @@ ROW_TILE, ROW_TILES = 16, 4  # weights' rows of a matrix instruction, and tiles 
 COLUMN_TILE, COLUMN_TILES = 8, 4  # the same of the batch
 SEGMENT = 64  # bytes of the inner dimension that a warp takes at a time
 COUNTER = 128  # bytes of a group's counter
+PAIR = 8  # bytes that a block leaves of a row when it is normalised
+STATISTICS = 3 * PAIR  # bytes of a row that is
 THREADS = 32 * WARPS
 BATCH = COLUMN_TILE * COLUMN_TILES
 ROWS = 256  # of the batch in a block at most
@@ -35,6 +37,8 @@ class Problem(NamedTuple):
     element: int  # bytes of a weight
     exact: bool  # float32 that is not multiplied as TF32: without matrix instructions
     backward: bool
+    normed: bool = False  # with layer normalisation
+    twice: bool = False  # gru_before: two products in a step, one after the other
 
     def weight_rows(self, units: int) -> int:
         return units if self.backward else self.gates * units
@@ -50,7 +54,22 @@ class Problem(NamedTuple):
 
     @property
     def states(self) -> int:
-        return 2 if self.gates == 4 else 1
+        return 2 if self.gates == 4 or self.twice else 1
+
+    @property
+    def norms(self) -> int:
+        """How often the blocks meet in a step to normalise a row: also over c in the lstm."""
+        return (2 if self.gates == 4 else 1) if self.normed else 0
+
+    @property
+    def pairs(self) -> int:
+        """What they leave of each row then. The lstm's backward also needs c's mean again."""
+        return self.norms + (self.backward and self.norms > 1)
+
+    @property
+    def meetings(self) -> int:
+        """How often a block waits for the others in a step."""
+        return 1 + self.twice + self.norms
 
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
@@ -63,7 +82,7 @@ class Plan(NamedTuple):
     slices: int
     groups: int
     shared: int  # bytes of a block
-    workspace: int  # bytes of global memory: what is exchanged, twice, and the groups' counters
+    workspace: int  # bytes of global memory: what is multiplied, twice, what rows are normalised by, groups' counters
 
     @property
     def blocks(self) -> int:
@@ -78,13 +97,25 @@ def ceil_div(n: int, by: int) -> int:
 
 
 def shared_bytes(problem: Problem, units: int, rows: int) -> int:
-    """As Layout of csrc/cuda/gated_product.cuh has it: weights, parts of sums, stages, states, biases, lengths."""
+    """As Layout of csrc/cuda/gated_product.cuh has it: weights, parts of sums, stages, states, biases, lengths, and
+    what is normalised."""
     weight_rows = ceil_div(problem.weight_rows(units), ROW_TILE) * ROW_TILE
     weights = weight_rows * problem.segments * SEGMENT
     parts = WARPS * min(rows, BATCH) * (weight_rows + 4) * 4
     stages = WARPS * BATCH * SEGMENT if problem.exact else 0
-    biases = 0 if problem.backward else ceil_div(problem.gates * units, 4) * 16
-    return weights + parts + stages + problem.states * rows * units * 4 + biases + rows * 4
+    biases = (not problem.backward) * problem.gates * units
+    table = 0
+    if problem.normed:
+        biases += (problem.gates + 2 * (problem.norms - 1)) * units
+        table = (2 if problem.backward else 1) * problem.gates * units * rows * 4 + rows * STATISTICS
+    return weights + parts + stages + problem.states * rows * units * 4 + ceil_div(biases, 4) * 16 + rows * 4 + table
+
+
+def laid_out(problem: Problem, units: int, rows: int, groups: int) -> Plan:
+    slices = ceil_div(problem.H, units)
+    pairs = problem.pairs * ceil_div(slices, 2) * 2 * PAIR
+    workspace = groups * (rows * (2 * problem.segments * SEGMENT + pairs) + COUNTER)
+    return Plan(units, rows, slices, groups, shared_bytes(problem, units, rows), workspace)
 
 
 def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
@@ -96,24 +127,23 @@ def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
         units = ceil_div(problem.H, slices)
         slices = ceil_div(problem.H, units)
         for rows in range(COLUMN_TILE, min(ROWS, ceil_div(B, COLUMN_TILE) * COLUMN_TILE) + 1, COLUMN_TILE):
-            shared = shared_bytes(problem, units, rows)
-            if shared > gpu.shared:
+            plan = laid_out(problem, units, rows, min(gpu.multiprocessors // slices, ceil_div(B, rows)))
+            if plan.shared > gpu.shared:
                 break
-            groups = min(gpu.multiprocessors // slices, ceil_div(B, rows))
-            workspace = 2 * groups * rows * problem.segments * SEGMENT + groups * COUNTER
-            yield Plan(units, rows, slices, groups, shared, workspace)
+            yield plan
 
 
 def step_cycles(problem: Problem, plan: Plan) -> float:
     """About what a step takes: an estimate by the hardware's rates, as nothing has run on a GPU."""
     row_tiles = ceil_div(problem.weight_rows(plan.units), ROW_TILE)
     chunks, column_tiles = ceil_div(plan.rows, BATCH), plan.rows // COLUMN_TILE
-    meeting = 2000 + 10 * plan.slices
+    meeting = problem.meetings * (2000 + 10 * plan.slices)
+    norms = problem.norms * ceil_div(plan.rows, WARPS) * 500
     states = plan.rows * problem.segments * SEGMENT / 40  # bytes a cycle from the second-level cache
     weights = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT / 128
     products = row_tiles * column_tiles * problem.segments * (16 if problem.exact else 4)
     cells = chunks * (200 + 300 * ceil_div(min(plan.rows, BATCH) * plan.units, THREADS))
-    return meeting + states + max(weights, products) + cells
+    return meeting + norms + states + max(weights, products) + cells
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,13 +158,14 @@ def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
     )
 
 
-def refusal(gates: int, H: int, element: int, exact: bool, gpu: Gpu) -> str | None:
+def refusal(problem: Problem, gpu: Gpu) -> str | None:
+    """Why the problem cannot be laid out, in either direction."""
     if gpu.capability < (8, 0):
         return f"it needs a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, gpu.capability))}"
-    if H == 0:
+    if problem.H == 0:
         return None  # nothing is launched
     for backward in (False, True):
-        plan = launch_plan(Problem(gates, H, element, exact, backward), 1, gpu)
+        plan = launch_plan(problem._replace(backward=backward), 1, gpu)
         if isinstance(plan, str):
             return plan
     return None

@@ -1,4 +1,5 @@
-"""The factors of dL/dweight_hh, which on a GPU is one product over all steps at once."""
+"""The factors of dL/dweight_hh, which on a GPU is one product over all steps at once; and the gradients of a layer
+norm, from what the kernels have summed over time."""
 
 from __future__ import annotations
 
@@ -27,6 +28,21 @@ def weight_gradient(call: Call, kept: Kept, dq: Tensor, out: Tensor) -> None:
         # Of a row that is past its end r may be NaN.
         reset = torch.where(before == 0, 0.0, before * (r.transpose(0, 1) if call.batch_first else r)).to(before.dtype)
         torch.mm(flow[direct:], reset.reshape(-1, H), out=out[direct:])
+
+
+def norm_width(call: Call) -> int:
+    """How many numbers the weights and biases of a layer norm have."""
+    return (2 * call.gates + 2 * call.has_c) * call.sizes[2]
+
+
+def norm_gradients(sums: Tensor, call: Call, results: tuple[Tensor, ...]) -> None:
+    """The gradients of the layer norm, and of bias_hh, which is added where its bias is. sums (rows, norm_width)."""
+    dbias_hh, *dnorm = results[4:]
+    found = sums.sum(0).split([gradient.numel() for gradient in dnorm])
+    for gradient, value in zip(dnorm, found, strict=True):
+        gradient.copy_(value)
+    if call.bias_hh is not None:
+        dbias_hh.copy_(found[1])
 
 
 def states_before(call: Call) -> Tensor:

@@ -41,9 +41,7 @@ class Samples:
             values = {key: value(generator, T, B, H) if callable(value) else value for key, value in rest.items()}
             return (x, weight_hh), values
 
-        normed, original = "layer_norm" in options, options.get("reset_after") is False
-        refused_by = ("cuda",) if normed or original else ()
-        return Sample(name, make, finite, smooth, refused_by)
+        return Sample(name, make, finite, smooth)
 
     def pair(self, make: Callable[..., Tensor]) -> Callable[..., Any]:
         """A pair of what make returns where the op has an h and a c, else one."""

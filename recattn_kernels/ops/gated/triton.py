@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.gated import triton_normed as normed
 from recattn_kernels.ops.gated.contract import Call, Kept, empty_backward, empty_forward
-from recattn_kernels.ops.gated.products import q_gradient, weight_gradient
+from recattn_kernels.ops.gated.products import norm_gradients, q_gradient, weight_gradient
 from recattn_kernels.ops.gated.triton_arguments import (
     REGISTERS,
     Config,
@@ -151,8 +151,8 @@ def backward_step(
     return tuple(step_launch(kernel, call, on, own) for kernel in kernels)
 
 
-def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Tensor, ...]:
-    results = empty_backward(call)
+def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
+    results = empty_backward(call, needs_weight)
     dx, dweight_hh, dh0, dc0, dbias_hh = results[:5]
     grad_output, grad_h_n, grad_c_n = grads
     (T, B, H), on = call.sizes, machine(call.x)
@@ -174,9 +174,10 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept) -> tuple[Te
                 dh0.copy_(dh + through_first(call, dq))
             if call.c0 is not None and dc is not None:
                 dc0.copy_(dc)
-        weight_gradient(call, kept, dq, dweight_hh)
+        if needs_weight:
+            weight_gradient(call, kept, dq, dweight_hh)
         if sums is not None:
-            normed.parameter_gradients(sums, call, results)
+            norm_gradients(sums, call, results)
         elif call.bias_hh is not None:
             dbias_hh.copy_(dq.sum((0, 1), dtype=torch.float32))
     return results

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recattn_kernels import backends
 from recattn_kernels.ops.gated.contract import KEPT, Call, Kept, reads_output
+from recattn_kernels.ops.gated.products import norm_width
 from recattn_kernels.strides import contiguous, contiguous_rows
 from recattn_kernels.triton_launch import Launch, Machine, strided
 
@@ -121,9 +122,8 @@ def step_launch(kernel: Any, call: Call, on: Machine, own: dict[str, Any], width
 
 def empty_sums(call: Call) -> Tensor:
     """Of each row, the gradients of LAYER_NORM, side by side; zeros."""
-    _, B, H = call.sizes
-    width = (2 * call.gates + 2 * call.has_c) * H if call.ln_weight is not None else 0
-    return call.x.new_zeros((B, width), dtype=torch.float32)
+    width = norm_width(call) if call.ln_weight is not None else 0
+    return call.x.new_zeros((call.sizes[1], width), dtype=torch.float32)
 
 
 def float_state(call: Call, initial: Tensor | None) -> Tensor:

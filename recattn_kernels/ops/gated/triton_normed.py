@@ -93,13 +93,3 @@ def backward(
         dh0.copy_(dh)
     if call.c0 is not None and dc is not None:
         dc0.copy_(dc)
-
-
-def parameter_gradients(sums: Tensor, call: Call, results: tuple[Tensor, ...]) -> None:
-    """The gradients of the layer norm, and of bias_hh, which is added where its bias is."""
-    dbias_hh, *dnorm = results[4:]
-    found = sums.sum(0).split([gradient.numel() for gradient in dnorm])
-    for gradient, value in zip(dnorm, found, strict=True):
-        gradient.copy_(value)
-    if call.bias_hh is not None:
-        dbias_hh.copy_(found[1])

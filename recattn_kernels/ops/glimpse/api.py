@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.glimpse import reference
@@ -175,6 +176,8 @@ def glimpse(
 
     Source: Mnih, Heess, Graves and Kavukcuoglu, "Recurrent models of visual attention", 2014.
     """
+    if has_torch_function((image, loc)) and not torch.compiler.is_compiling():
+        return handle_torch_function(glimpse, (image, loc), **locals())
     call = normalise(
         image, loc, size, scales=scales, scale_factor=scale_factor, zoom=zoom, mode=mode, padding=padding,
         coords=coords, dtype=dtype,

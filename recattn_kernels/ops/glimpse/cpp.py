@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels.ops.glimpse.contract import MODES, PADDINGS, empty
-from recattn_kernels.strides import CPU_DTYPES, cpu, pointer
+from recattn_kernels.strides import CPU_DTYPES, cpu, huge_pages, pointer
 
 PIXELS = {**CPU_DTYPES, torch.uint8: 4}
 MODE_OF = {name: i for i, name in enumerate(MODES)}
@@ -18,6 +18,7 @@ PADDING_OF = {name: i for i, name in enumerate(PADDINGS)}
 
 def forward(image: Tensor, loc: Tensor, zoom: Tensor | None, *options: Any) -> tuple[Tensor]:
     results = empty(image, loc, zoom, *options)
+    huge_pages(*results)
     if results[0].numel() > 0:
         cpu().glimpse_forward(_arguments(image, loc, zoom, *options), results[0].data_ptr())
     return results
@@ -31,6 +32,7 @@ def backward(
     assert grad is not None
     grad = grad.contiguous()
     grad_image = image.new_empty(image.shape) if needs[0] else None
+    huge_pages(grad_image)
     grad_loc = loc.new_empty(loc.shape) if needs[1] or needs[2] else None
     grad_zoom = zoom.new_empty(zoom.shape) if needs[2] else None
     if grad.numel() == 0:
@@ -40,7 +42,7 @@ def backward(
     else:
         parts = None
         if grad_loc is not None:
-            parts = torch.empty((*loc.shape[:2], options[2], 3), dtype=torch.float64)
+            parts = loc.new_empty((*loc.shape[:2], options[2], 3), dtype=torch.float64)
         cpu().glimpse_backward(
             _arguments(image, loc, zoom, *options), grad.data_ptr(), pointer(grad_image), pointer(grad_loc),
             pointer(grad_zoom), pointer(parts),

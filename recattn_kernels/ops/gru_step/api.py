@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.gru_step import reference
@@ -53,6 +55,8 @@ def gru_step(x_gates: Tensor, h_gates: Tensor, h: Tensor, *, backend: str | None
     Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine
     translation", 2014, arXiv:1406.1078, in the form of cuDNN and torch.nn, r after the product.
     """
+    if has_torch_function((x_gates, h_gates, h)) and not torch.compiler.is_compiling():
+        return handle_torch_function(gru_step, (x_gates, h_gates, h), **locals())
     (h_n,) = OPERATOR.run(BACKENDS, backend, normalise(x_gates, h_gates, h))
     result: Tensor = h_n
     return result

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import backends, checks
 from recattn_kernels.ops.autograd import c_apply, derive, needs_grad
@@ -166,6 +167,8 @@ def indrnn(
     Source: Li, Li, Cook, Zhu and Gao, "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper
     RNN", CVPR 2018, arXiv:1803.04831.
     """
+    if has_torch_function((x, weight_hh, h0)) and not torch.compiler.is_compiling():
+        return handle_torch_function(indrnn, (x, weight_hh, h0), **locals())
     call = normalise(
         x,
         weight_hh,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS, Call, empty_forward
 from recattn_kernels.ops.sequence import compute_dtype
-from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, plain, pointer, sequence
+from recattn_kernels.strides import CPU_DTYPES, contiguous_rows, cpu, huge_pages, plain, pointer, sequence
 
 # As csrc/cells.h's enum Activation has them.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -21,6 +21,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     x, weight_hh = contiguous_rows(call.x), plain(call.weight_hh, dtype)
     h0, bias, lengths = plain(call.h0, dtype), plain(call.bias, dtype), plain(call.lengths, torch.int64)
     output, h_n = empty_forward(call)
+    huge_pages(output)
     state = h_n if h_n.dtype == dtype else h_n.new_empty(h_n.shape, dtype=dtype)
     common = _common(call, weight_hh, h0, lengths)
     cpu().indrnn_forward(common, pointer(bias), sequence(x, time), sequence(output, time), pointer(state))
@@ -35,6 +36,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     h0, dh_n, lengths = plain(call.h0, dtype), plain(grad_h_n, dtype), plain(call.lengths, torch.int64)
     dx = output.new_empty(output.shape)
     columns = output.new_empty((6, B, H), dtype=dtype)  # scratch
+    huge_pages(dx)
     dh0, du, db = (output.new_empty(shape, dtype=dtype) for shape in ((B, H), (H,), (H,)))
     cpu().indrnn_backward(
         _common(call, weight_hh, h0, lengths), math.inf if call.grad_clip is None else call.grad_clip,

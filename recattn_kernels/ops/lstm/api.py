@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels.ops.gated import api as gated
 from recattn_kernels.ops.gated.contract import Call
@@ -90,6 +92,8 @@ def lstm(
     forget", 2000; zoneout: Krueger et al., arXiv:1606.01305; layer normalisation: Ba, Kiros and Hinton,
     arXiv:1607.06450.
     """
+    if has_torch_function((x, weight_hh)) and not torch.compiler.is_compiling():
+        return handle_torch_function(lstm, (x, weight_hh), **locals())
     call = normalise(
         x, weight_hh, state, bias_hh=bias_hh, reset=reset, lengths=lengths, reverse=reverse, batch_first=batch_first,
         grad_clip=grad_clip, zoneout=zoneout, zoneout_mask=zoneout_mask, layer_norm=layer_norm, training=training,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.lstm_step import reference
@@ -51,5 +53,7 @@ def lstm_step(gates: Tensor, c: Tensor, *, backend: str | None = None) -> tuple[
     Source: Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers, Schmidhuber and Cummins, "Learning to
     forget", 2000.
     """
+    if has_torch_function((gates, c)) and not torch.compiler.is_compiling():
+        return handle_torch_function(lstm_step, (gates, c), **locals())
     h, c_n = OPERATOR.run(BACKENDS, backend, normalise(gates, c))
     return h, c_n

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.gated import api as gated
@@ -93,6 +95,8 @@ def rnn(
     Sources: Elman, "Finding structure in time", 1990; zoneout: Krueger et al., arXiv:1606.01305; layer normalisation:
     Ba, Kiros and Hinton, arXiv:1607.06450.
     """
+    if has_torch_function((x, weight_hh, h0)) and not torch.compiler.is_compiling():
+        return handle_torch_function(rnn, (x, weight_hh, h0), **locals())
     call = normalise(
         x, weight_hh, h0, nonlinearity=nonlinearity, bias_hh=bias_hh, reset=reset, lengths=lengths, reverse=reverse,
         batch_first=batch_first, grad_clip=grad_clip, zoneout=zoneout, zoneout_mask=zoneout_mask, layer_norm=layer_norm,

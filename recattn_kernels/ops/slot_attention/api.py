@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.operator import Call, Operator
@@ -126,6 +128,8 @@ def slot_attention(
 
     Source: Locatello et al., "Object-centric learning with slot attention", NeurIPS 2020.
     """
+    if has_torch_function((q, k, v)) and not torch.compiler.is_compiling():
+        return handle_torch_function(slot_attention, (q, k, v), **locals())
     call = normalise(
         q, k, v, scale=scale, eps=eps, eps_mode=eps_mode, bias=bias, slot_mask=slot_mask, input_mask=input_mask,
         head_softmax=head_softmax, return_attn=return_attn,

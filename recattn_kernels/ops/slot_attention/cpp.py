@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recattn_kernels.ops.slot_attention.contract import Sizes, empty_forward, sizes_of, widths
 from recattn_kernels.ops.slot_attention.reference import scale_of
-from recattn_kernels.strides import CPU_DTYPES, contiguous, contiguous_rows, cpu, plain, pointer
+from recattn_kernels.strides import CPU_DTYPES, contiguous, contiguous_rows, cpu, huge_pages, plain, pointer
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -84,7 +84,11 @@ def _grad_of(x: Tensor | None, wanted: bool, partly: bool) -> Tensor | None:
     """partly: the kernel writes some of it, and the rest is 0."""
     if x is None or not wanted:
         return None
-    return torch.zeros_like(x, memory_format=torch.contiguous_format) if partly else x.new_empty(x.shape)
+    if partly:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    grad = x.new_empty(x.shape)
+    huge_pages(grad)
+    return grad
 
 
 def _common(

@@ -133,9 +133,14 @@ def repeated(k: Tensor, v: Tensor | None, times: int, **options: Any) -> Attend:
                 scale, eps, denominator, _, _ = call.options
                 shared = (times, q.shape[-2], scale_of(q, scale), eps, denominator)
                 (pending,) = SHARED.on(backend, (k, call.inputs[2], *call.inputs[4:]), shared)
-        if pending is None or return_attn:
+        # A call without a gradient must not cut those after it off: its rest of pending would have none either.
+        if pending is None or return_attn or not torch.is_grad_enabled():
             updates, attn = api.OPERATOR.on(backend, call.inputs, call.options)
             return updates, attn if return_attn else None
+        if pending.shape[0] == 0:
+            raise RuntimeError(f"{NAME}: repeated() was announced {times} calls, and this is one more")
+        if pending.shape[-2] != q.shape[-2]:
+            raise ValueError(f"{NAME}: q must have K = {pending.shape[-2]} slots in every call, got {q.shape[-2]}")
         updates, pending = ONCE.on(backend, (*call.inputs, pending), call.options)
         return updates, None
 

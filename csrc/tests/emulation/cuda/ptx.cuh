@@ -15,6 +15,15 @@ inline uint4 load_exchanged(const void* from) {
   return v;
 }
 
+inline float shuffle_xor(float v, int bits) {
+  emulation::Warp& warp = emulation::current->block->warps[threadIdx.x / 32];
+  warp.a[threadIdx.x % 32][0] = float_to_bits(v);
+  __syncwarp();
+  const float other = bits_to_float(warp.a[threadIdx.x % 32 ^ bits][0]);
+  __syncwarp();
+  return other;
+}
+
 inline void prefetch(const void* from) { (void)*static_cast<const volatile char*>(from); }
 
 inline void count_release(unsigned* counter) {
