@@ -12,6 +12,15 @@ import triton.language as tl
 
 
 @triton.jit
+def add_tiles(a, b):
+    """Of two tuples of tiles, one by one."""
+    sums = ()
+    for i in tl.static_range(len(a)):
+        sums += (a[i] + b[i],)
+    return sums
+
+
+@triton.jit
 def sigmoid(v):
     # Rounded: `/` is off by 2 ulp on NVIDIA.
     return tl.div_rn(1.0, 1.0 + tl.exp(-v))

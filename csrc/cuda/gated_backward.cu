@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   Pair* of_c = reinterpret_cast<Pair*>(memory + layout.statistics);  // mean and rstd
   Pair* means = of_c + p.plan.rows;
   float* rstd = reinterpret_cast<float*>(means + p.plan.rows);
-  LongSum sums[4];  // of the thread's column, the gradients of LN's weight and bias, then those of LN(c)'s
+  Sum sums[4];  // of the thread's column, the gradients of LN's weight and bias, then those of LN(c)'s
 
   const Element* weight_hh = static_cast<const Element*>(p.weight_hh.data);
   product.template fill<true>([&](int row, int64_t k) {

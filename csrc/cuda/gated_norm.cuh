@@ -36,18 +36,6 @@ struct Moments {
   }
 };
 
-// A sum over many steps, and what rounding has lost of it.
-struct LongSum {
-  float total = 0.0f, lost = 0.0f;
-
-  __device__ void add(float v) {
-    const float after = total + v, came = after - total;
-    lost += (total - (after - came)) + (v - came);
-    total = after;
-  }
-  __device__ float value() const { return total + lost; }
-};
-
 // One table of a row's numbers for each row of the block, `stride` apart: `gates` times the block's units, of which the
 // last may be past H. To be called by all threads, after a __syncthreads.
 template <class E>
@@ -103,7 +91,7 @@ class Norm {
   }
 
   // To what the thread's column has added up to, over rows and steps: dL/dweight and dL/dbias.
-  __device__ void add_columns(const float* grad, const float* normed, int gates, LongSum& weight, LongSum& bias) const {
+  __device__ void add_columns(const float* grad, const float* normed, int gates, Sum& weight, Sum& bias) const {
     if (int(threadIdx.x) >= gates * units_) return;
     float of_weight = 0.0f, of_bias = 0.0f;
     for (int row = 0; row < block_.rows(); ++row) {

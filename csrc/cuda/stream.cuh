@@ -130,16 +130,5 @@ class Stream {
   Word ahead_[ASYNC ? 1 : CHUNK] = {};
 };
 
-// A sum over many steps, with what rounding has lost of it.
-struct Sum {
-  float total = 0.0f, lost = 0.0f;
-  __device__ void add(float part) {
-    const float after = total + part, came = after - total;
-    lost += (total - (after - came)) + (part - came);
-    total = after;
-  }
-  __device__ float value() const { return fabsf(total) <= 3.4028234e38f ? total + lost : total; }
-};
-
 }  // namespace RECATTN_ISA
 }  // namespace recattn

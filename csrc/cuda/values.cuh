@@ -1,4 +1,4 @@
-// Numbers in memory and in registers: the 16-bit types, and tensors whose type is known when the kernel runs.
+// Numbers in memory and in registers: the 16-bit types, tensors whose type is known when the kernel runs, and sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,6 +41,17 @@ __device__ inline void store(const Plain& x, int64_t i, float v) {
     static_cast<uint16_t*>(x.data)[i] = x.dtype == Dtype::bfloat16 ? BFloat16::store(v) : Float16::store(v);
   }
 }
+
+// A sum over many steps, with what rounding has lost of it.
+struct Sum {
+  float total = 0.0f, lost = 0.0f;
+  __device__ void add(float part) {
+    const float after = total + part, came = after - total;
+    lost += (total - (after - came)) + (part - came);
+    total = after;
+  }
+  __device__ float value() const { return fabsf(total) <= 3.4028234e38f ? total + lost : total; }
+};
 
 }  // namespace RECATTN_ISA
 }  // namespace recattn

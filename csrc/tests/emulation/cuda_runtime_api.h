@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU, for tests: with this folder before the others on the include path a C++ compiler takes
 // csrc/cuda/gated_*.cu and bindings.cpp as they are. Every thread of every block is a context of its own, and they take
 // turns in a random order wherever one waits, in some launches with some blocks as far ahead of others as barriers let
-// them, so that a kernel that leaves out a barrier computes nonsense sooner or later. Shared memory begins as NaN and ends where the launch says, with a page that must not be touched behind it.
+// them, so that a kernel that leaves out a barrier computes nonsense sooner or later. Shared memory begins as NaN and
+// ends where the launch says, with a page that must not be touched behind it.
 #pragma once
 
 #include <sys/mman.h>

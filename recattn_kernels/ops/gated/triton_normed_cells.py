@@ -62,14 +62,6 @@ def load_norm(normed_ptr, rstd_ptr, t, b, n, B, H, mask, rows, GATES: tl.constex
 
 
 @triton.jit
-def add_all(sums, shares):
-    added = ()
-    for g in tl.static_range(len(sums)):
-        added += (sums[g] + shares[g],)
-    return added
-
-
-@triton.jit
 def normed_backward(
     dy, dh, dc, kept, h, c, proceeds, valid, keep_h, keep_c, rate_h, rate_c, grad_clip, normed, rstd, weight_ptr,
     norm_c, n, H, units, CELL: tl.constexpr, GATES: tl.constexpr,

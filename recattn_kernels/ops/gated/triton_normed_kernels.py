@@ -27,7 +27,6 @@ from recattn_kernels.ops.gated.triton_cells import (
     whole_rows,
 )
 from recattn_kernels.ops.gated.triton_normed_cells import (
-    add_all,
     load_norm,
     norm_forward,
     norm_of_c,
@@ -36,6 +35,7 @@ from recattn_kernels.ops.gated.triton_normed_cells import (
 )
 from recattn_kernels.ops.gated.triton_step_kernels import add_products, add_through
 from recattn_kernels.triton_launch import kernel
+from recattn_kernels.triton_math import add_tiles
 
 
 @partial(kernel, aligned=("weight_hh_ptr", "h_ptr"))
@@ -143,7 +143,7 @@ def backward_normed_kernel(
     store_tiles(tile_at(dx_ptr, t, dx_stride_t, b, dx_stride_b, n), H, mask, dx)
     store_tiles(tile_at(dq_ptr, t, dq_stride_t, b, dq_stride_b, n), H, mask, dq)
     at = rows_at(sums_ptr, b, H * len(shares), n)
-    store_tiles(at, H, mask, add_all(load_tiles(at, H, mask, len(shares)), shares))
+    store_tiles(at, H, mask, add_tiles(load_tiles(at, H, mask, len(shares)), shares))
 
 
 @partial(kernel, aligned=("weight_hh_ptr", "dq_ptr"))

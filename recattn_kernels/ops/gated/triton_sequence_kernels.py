@@ -32,7 +32,6 @@ from recattn_kernels.ops.gated.triton_cells import (
     whole_rows,
 )
 from recattn_kernels.ops.gated.triton_normed_cells import (
-    add_all,
     load_norm,
     norm_forward,
     norm_of_c,
@@ -40,6 +39,7 @@ from recattn_kernels.ops.gated.triton_normed_cells import (
     store_norm,
 )
 from recattn_kernels.triton_launch import kernel
+from recattn_kernels.triton_math import add_tiles
 
 
 @kernel
@@ -179,7 +179,7 @@ def backward_sequence_kernel(
                 dy, dh, dc, kept, h, c, proceeds, t < length, keep_h, keep_c, zoneout_h, zoneout_c, grad_clip,
                 normed, rstd, ln_weight_ptr, norm_c, n, H, units, CELL, GATES,
             )  # fmt: skip
-            sums = add_all(sums, shares)
+            sums = add_tiles(sums, shares)
         if CELL == "gru_before":
             d = product(tl.where(units[None, :], dq[2], 0.0), weights[2], tl.zeros_like(dh), PRECISION)
             dr, through_reset = reset_backward(d, kept[0], h, proceeds, t < length)

@@ -24,7 +24,7 @@ from recattn_kernels.ops.slot_attention.triton_kernels import (
     store_rows,
 )
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import sigmoid, tanh
+from recattn_kernels.triton_math import add_tiles, sigmoid, tanh
 
 
 @triton.jit
@@ -32,14 +32,6 @@ def zeros(TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     tiles = ()
     for _ in tl.static_range(TILES):
         tiles += (tl.zeros((ROWS, BLOCK), tl.float32),)
-    return tiles
-
-
-@triton.jit
-def plus(left, right):
-    tiles = ()
-    for c in tl.static_range(len(left)):
-        tiles += (left[c] + right[c],)
     return tiles
 
 
@@ -251,7 +243,7 @@ def iterations_kernel(
                 updates += (products[c] + tl.where(some[:, None], shift, 0.0),)
 
         if weight_ih_ptr is None:
-            slots = plus(slots, updates)
+            slots = add_tiles(slots, updates)
         else:
             slots = gru(
                 updates, slots, narrow, weight_ih_ptr, weight_hh_ptr, bias_ih_ptr, bias_hh_ptr, D, BLOCK, SCORE_TYPE,
