@@ -1,4 +1,4 @@
-"""Every op behaves as a torch op does: autograd of any order, compile, export, autocast, functorch."""
+"""Every op behaves as a torch op does: autograd of any order, autocast, functorch, devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import recattn_kernels
@@ -170,98 +169,6 @@ def test_opcheck(spec: OpSpec, sample: Sample) -> None:
         torch.library.opcheck(op, tuple(detached))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("how", ["jit", "make_fx"])
-@pytest.mark.parametrize(("spec", "sample"), FULL)
-def test_traced_without_gradients(spec: OpSpec, sample: Sample, how: str) -> None:
-    """What is traced is the op, and not the memory in which its result happened to be."""
-    function = AsFunction(spec, sample, torch.float32)
-    inputs = tuple(t.detach() for t in function.inputs)
-    with torch.no_grad():
-        if how == "jit":
-            traced = torch.jit.trace(lambda *inputs: function(*inputs), inputs, check_trace=False)
-        else:
-            traced = make_fx(function, pre_dispatch=True)(*inputs)
-        others = [t / 2 for t in inputs]
-        torch.testing.assert_close(traced(*others), function(*others))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("spec", "sample"), FULL)
-def test_compile_fullgraph(spec: OpSpec, sample: Sample) -> None:
-    """One graph, which calls the fused op and not the reference's arithmetic."""
-    function = AsFunction(spec, sample, torch.float32)
-    ops: set[str] = set()
-
-    def look(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch.compile(function, fullgraph=True, backend=look)(*function.inputs)
-    assert f"recattn_kernels.{spec.name}.default" in ops
-
-    compiled = torch.compile(function, fullgraph=True)
-    expected, outputs = function(*function.inputs), compiled(*function.inputs)
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs),
-        torch.autograd.grad(sum(o.sum() for o in expected), function.inputs),
-    )
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("spec", OP)
-def test_one_compilation_serves_every_size(spec: OpSpec) -> None:
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(spec.function, fullgraph=True, dynamic=True, backend=counter)
-    sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), kwargs = arguments(sample, torch.float32)
-    for size in (5, 7, 11):
-        args = (torch.randn(size, size + 1, *x.shape[2:]), *rest) if spec.sized is None else spec.sized(size)
-        torch.testing.assert_close(compiled(*args, **kwargs), spec.function(*args, **kwargs))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("spec", OP)
-def test_compiled_code_follows_use_backend(spec: OpSpec) -> None:
-    sample = next(s for s in spec.samples if s.name == "plain")
-    args, kwargs = arguments(sample, torch.float32)
-    compiled = torch.compile(spec.function, fullgraph=True, backend="eager")
-    compiled(*args, **kwargs)
-    # Dynamo wraps what is raised while it traces; the message comes through.
-    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
-        compiled(*args, **kwargs)
-    compiled(*args, **kwargs)
-
-
-class Module(torch.nn.Module):
-    """The op behind a trainable scale."""
-
-    def __init__(self, spec: OpSpec, rest: list[Any], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.spec, self.kwargs = spec, kwargs
-        self.scale = torch.nn.Parameter(torch.ones(()))
-        self.rest = torch.nn.ParameterList(rest)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors(self.spec.function(x * self.scale, *self.rest, **self.kwargs)))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("spec", OP)
-def test_exported_program_trains(spec: OpSpec) -> None:
-    sample = next(s for s in spec.samples if s.name == "plain")
-    (x, *rest), kwargs = arguments(sample, torch.float32)
-    module = Module(spec, rest, kwargs)
-    exported = torch.export.export(module, (x.detach(),)).module()
-    for m in (module, exported):
-        sum(o.sum() for o in m(x.detach())).backward()
-    for (name, p), q in zip(module.named_parameters(), exported.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=name)
-        p.grad = q.grad = None
-
-
 @pytest.mark.parametrize("spec", OP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(spec: OpSpec, dtype: torch.dtype) -> None:
@@ -337,35 +244,6 @@ def test_the_default_device_has_no_say(spec: OpSpec, sample: Sample) -> None:
             outputs = function(*function.inputs)
             results.append((outputs, torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs)))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-class Subclass(torch.Tensor):
-    """With the __torch_function__ of every subclass that does not write its own."""
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("spec", OP)
-def test_torch_function(spec: OpSpec) -> None:
-    """As one of torch's own functions: a mode sees one call, a subclass stays one, torch.fx makes it one node."""
-    (x, *rest), kwargs = arguments(next(s for s in spec.samples if s.name == "plain"), torch.float32)
-    seen = []
-
-    class Log(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    with Log():
-        expected = spec.function(x, *rest, **kwargs)
-    assert seen == [spec.function]
-    results = tensors(spec.function(x.detach().as_subclass(Subclass), *rest, **kwargs))
-    compiled = torch.compile(spec.function, backend="eager", fullgraph=True)
-    results += tensors(compiled(x.detach().as_subclass(Subclass), *rest, **kwargs))
-    assert all(type(t) is Subclass for t in results)
-    graph = torch.fx.symbolic_trace(lambda x: spec.function(x, *rest, **kwargs))
-    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [spec.function]
-    plain = [t.as_subclass(Tensor) for t in (*results, *tensors(graph(x)))]
-    torch.testing.assert_close(plain, 3 * tensors(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("spec", FUSED_ON_CPU)

@@ -188,66 +188,6 @@ def test_meta_device(case: Case) -> None:
 
 
 @every_layer
-def test_symbolic_trace(case: Case) -> None:
-    """As a layer of torch.nn a leaf, one node of the graph."""
-    layer = case.make()
-    inputs = inputs_of(case, layer)
-    forward = [
-        lambda self, a: self.layer(a), lambda self, a, b: self.layer(a, b), lambda self, a, b, c: self.layer(a, b, c)
-    ][len(inputs) - 1]  # fmt: skip
-    model = type("Traced", (nn.Module,), {"forward": forward})()
-    model.layer = layer
-    traced = torch.fx.symbolic_trace(model)
-    assert next((n.op, n.target) for n in traced.graph.nodes if n.op != "placeholder") == ("call_module", "layer")
-    alone = copy.deepcopy(model)
-    assert_same(run(traced, inputs), run(alone, inputs))
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@every_layer
-def test_jit_trace(case: Case) -> None:
-    layer = case.make().eval()
-    inputs = inputs_of(case, layer)
-    others = inputs_of(case, layer, scale=0.5)
-    with torch.no_grad():
-        traced = torch.jit.trace(layer, inputs, check_trace=False)
-        results = []
-        for run_layer in (traced, layer):
-            torch.manual_seed(0)
-            results.append(tensors(run_layer(*others)))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("name", ["RecurrentAttention", "AttentionLSTMCell"])
-def test_an_exported_program_that_returns_names(name: str) -> None:
-    case = next(case for case in CASES if case.name == name)
-    layer = case.make().eval()
-    inputs = inputs_of(case, layer)
-    file = io.BytesIO()
-    torch.export.save(torch.export.export(layer, inputs), file)
-    found = torch.export.load(io.BytesIO(file.getvalue())).module()(*inputs)
-    expected = layer(*inputs)
-    assert type(found) is type(expected)
-    torch.testing.assert_close(tuple(found), tuple(expected))
-
-
-def test_what_is_not_a_leaf() -> None:
-    """What would run twice, once while it is traced and once in the node, and the root, which is in no graph."""
-
-    class Halved(rk.LSTM):
-        def forward(self, input: Tensor, hx: Any = None, **options: Any) -> Any:
-            return super().forward(input / 2, hx, **options)
-
-    hooked = rk.GRU(D, H)
-    hooked.register_forward_hook(lambda module, args, result: result)
-    for layer in (Halved(D, H), hooked):
-        with pytest.raises(TypeError, match=r"torch\.fx cannot trace into this layer"):
-            torch.fx.symbolic_trace(nn.Sequential(layer))
-    with pytest.raises(TypeError, match=r"IndRNN: torch\.fx traces a model of which this layer is a part"):
-        torch.fx.symbolic_trace(rk.IndRNN(D, H))
-
-
-@every_layer
 def test_a_batch_of_gradients(case: Case) -> None:
     """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
     layer = case.make().eval()
