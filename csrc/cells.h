@@ -57,47 +57,70 @@ RECATTN_FN V exp_series(V r) {
   return p * r + 0.5f;
 }
 
+// What exp, sigmoid and tanh ask of a type: of float and double, and in csrc/cpu of vectors of them.
+template <class V>
+struct Numbers;
+
 // exp(x) to about 1 ulp on [-87, 88.3], infinity above, at least 1e-38 below: enough for sigmoid and tanh, and written
-// without a branch or a libm call so that a loop over it vectorises. NaN stays NaN.
-RECATTN_FN float exp_(float x) {
-#ifdef __CUDA_ARCH__
-  return ::expf(x);
-#else
-  x = x > 89.0f ? 89.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  float r;
-  const float shifted = split_by_ln2(x, r);
-  float p = exp_series(r);
+// without a branch or a libm call so that a loop over it vectorises. NaN stays NaN. V: float, or a vector of floats.
+template <class V>
+RECATTN_FN V exp_by_series(V x) {
+  x = Numbers<V>::at_least(Numbers<V>::at_most(x, 89.0f), -87.0f);
+  V r;
+  const V shifted = split_by_ln2(x, r);
+  V p = exp_series(r);
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * bits_to_float((float_to_bits(shifted) + 127u) << 23);  // times 2^n
-#endif
+  return p * Numbers<V>::power_of_2(shifted);
 }
 
-RECATTN_FN double exp_(double x) { return ::exp(x); }
-
-RECATTN_FN float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
-RECATTN_FN double sigmoid(double x) { return 1.0 / (1.0 + exp_(-x)); }
-
-// tanh(x) = e / (e + 2) with e = exp(2x) - 1, of which a 1 is never taken near 0: with 2x = n ln 2 + r as in exp_, e is
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, of which a 1 is never taken near 0: with 2x = n ln 2 + r as above, e is
 // 2^n (exp(r) - 1) + (2^n - 1). From |2x| = 18.3 on the quotient is 1.
-RECATTN_FN float tanh_(float x) {
-#ifdef __CUDA_ARCH__
-  return ::tanhf(x);
-#else
-  float a = x + x;
-  a = a > 18.3f ? 18.3f : a;
-  a = a < -18.3f ? -18.3f : a;
-  float r;
-  const float shifted = split_by_ln2(a, r);
-  const float p = exp_series(r) * r * r + r;
-  const float scale = bits_to_float((float_to_bits(shifted) + 127u) << 23);
-  const float e = p * scale + (scale - 1.0f);
+template <class V>
+RECATTN_FN V tanh_by_series(V x) {
+  const V a = Numbers<V>::at_least(Numbers<V>::at_most(x + x, 18.3f), -18.3f);
+  V r;
+  const V shifted = split_by_ln2(a, r);
+  const V p = exp_series(r) * r * r + r;
+  const V scale = Numbers<V>::power_of_2(shifted);
+  const V e = p * scale + (scale - 1.0f);
   return e / (e + 2.0f);
-#endif
 }
 
-RECATTN_FN double tanh_(double x) { return ::tanh(x); }
+template <>
+struct Numbers<float> {
+  // The bound, where x is beyond it. NaN stays NaN.
+  static RECATTN_FN float at_most(float x, float bound) { return x > bound ? bound : x; }
+  static RECATTN_FN float at_least(float x, float bound) { return x < bound ? bound : x; }
+  // 2^n of what split_by_ln2 returns.
+  static RECATTN_FN float power_of_2(float shifted) { return bits_to_float((float_to_bits(shifted) + 127u) << 23); }
+#ifdef __CUDA_ARCH__
+  static RECATTN_FN float exp(float x) { return ::expf(x); }
+  static RECATTN_FN float tanh(float x) { return ::tanhf(x); }
+#else
+  static RECATTN_FN float exp(float x) { return exp_by_series(x); }
+  static RECATTN_FN float tanh(float x) { return tanh_by_series(x); }
+#endif
+};
+
+template <>
+struct Numbers<double> {
+  static RECATTN_FN double exp(double x) { return ::exp(x); }
+  static RECATTN_FN double tanh(double x) { return ::tanh(x); }
+};
+
+template <class V>
+RECATTN_FN V exp_(V x) {
+  return Numbers<V>::exp(x);
+}
+template <class V>
+RECATTN_FN V sigmoid(V x) {
+  return 1.0f / (1.0f + exp_(-x));
+}
+template <class V>
+RECATTN_FN V tanh_(V x) {
+  return Numbers<V>::tanh(x);
+}
 
 // h = act(v). Comparisons are written so that NaN passes through every one of them, as in torch.
 template <Activation A, class R>
@@ -170,11 +193,11 @@ RECATTN_FN R clamp_symmetric(R v, R limit) {
 // a * (1 - a), the derivative of a sigmoid whose value is a, and 1 - a * a, that of a tanh.
 template <class R>
 RECATTN_FN R sigmoid_slope(R a) {
-  return a * (R(1) - a);
+  return a * (1.0f - a);
 }
 template <class R>
 RECATTN_FN R tanh_slope(R a) {
-  return R(1) - a * a;
+  return 1.0f - a * a;
 }
 
 // The gates of the lstm (activated), or the gradients of what they are activated from.
@@ -204,7 +227,7 @@ RECATTN_FN LstmGates<R> lstm_backward(const LstmGates<R>& a, R c, R squashed, R 
 // h[t] = (1 - z) * n + z * h[t-1], the gru's.
 template <class R>
 RECATTN_FN R gru_state(R z, R n, R h) {
-  return (R(1) - z) * n + z * h;
+  return (1.0f - z) * n + z * h;
 }
 
 // From dh = dL/dh[t]: the gradients of what z and n are activated from. Through z alone, dL/dh[t-1] = z * dh.
@@ -214,7 +237,7 @@ RECATTN_FN R gru_backward_z(R z, R n, R h, R dh) {
 }
 template <class R>
 RECATTN_FN R gru_backward_n(R z, R n, R dh) {
-  return dh * (R(1) - z) * tanh_slope(n);
+  return dh * (1.0f - z) * tanh_slope(n);
 }
 
 }  // namespace RECATTN_ISA

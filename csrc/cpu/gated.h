@@ -55,12 +55,6 @@ RECATTN_FN void narrowed(Dtype dtype, void* to, const R* from, int64_t n) {
   memcpy(to, from, n * sizeof(R));
 }
 
-// Asks for memory that is to be read, or written, soon.
-template <int WRITE = 0>
-RECATTN_FN void fetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, WRITE, 2);
-}
-
 // The masks of zoneout, or their rates: where a state stays, and by what share.
 struct Zoneout {
   Mask keep;

@@ -13,47 +13,48 @@ namespace RECATTN_ISA {
 namespace {
 
 template <Cell C, class R>
-RECATTN_FN void rnn_row(const R* __restrict x, const R* __restrict q, const R* __restrict bias, R* __restrict h,
-                        int64_t n) {
-  constexpr Activation A = C == Cell::rnn_relu ? Activation::relu : Activation::tanh;
-  for (int64_t i = 0; i < n; ++i) h[i] = activate<A>(x[i] + (q[i] + bias[i]), R(0));
+RECATTN_FN void rnn_row(const R* x, const R* q, const R* bias, R* h, int64_t n) {
+  for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+    const Vec<R> v = at.load(x) + (at.load(q) + at.load(bias));
+    if constexpr (C == Cell::rnn_relu) {
+      at.store(h, v < R(0) ? Vec<R>{} : v);
+    } else {
+      at.store(h, tanh_(v));
+    }
+  }
 }
 
 // The gates, and c' before any zoneout. Strides: from one gate to the next.
 template <class R>
 RECATTN_FN void lstm_row(const R* const* x, const R* q, int64_t q_stride, const R* bias, int64_t bias_stride,
                          const R* c, R* const* gates, R* c_new, int64_t n) {
-  const R *xi = x[0], *xf = x[1], *xg = x[2], *xo = x[3];
-  R *gi = gates[0], *gf = gates[1], *gg = gates[2], *go = gates[3];
-  RECATTN_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const LstmGates<R> a = lstm_gates(xi[i] + (q[i] + bias[i]), xf[i] + (q[q_stride + i] + bias[bias_stride + i]),
-                                      xg[i] + (q[2 * q_stride + i] + bias[2 * bias_stride + i]),
-                                      xo[i] + (q[3 * q_stride + i] + bias[3 * bias_stride + i]));
-    gi[i] = a.i;
-    gf[i] = a.f;
-    gg[i] = a.g;
-    go[i] = a.o;
-    c_new[i] = lstm_cell(a, c[i]);
+  for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+    const auto sum = [&](int g) __attribute__((always_inline)) {
+      return at.load(x[g]) + (at.load(q + g * q_stride) + at.load(bias + g * bias_stride));
+    };
+    const LstmGates<Vec<R>> a = lstm_gates(sum(0), sum(1), sum(2), sum(3));
+    at.store(gates[0], a.i);
+    at.store(gates[1], a.f);
+    at.store(gates[2], a.g);
+    at.store(gates[3], a.o);
+    at.store(c_new, lstm_cell(a, at.load(c)));
   }
 }
 
 template <class R>
 RECATTN_FN void gru_row(const R* const* x, const R* q, int64_t q_stride, const R* bias, int64_t bias_stride,
                         const R* h, R* const* gates, R* h_new, int64_t n) {
-  const R *xr = x[0], *xz = x[1], *xn = x[2];
-  R *gr = gates[0], *gz = gates[1], *gn = gates[2], *gq = gates[3];
-  RECATTN_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    const R r = sigmoid(xr[i] + (q[i] + bias[i]));
-    const R z = sigmoid(xz[i] + (q[q_stride + i] + bias[bias_stride + i]));
-    const R q_n = q[2 * q_stride + i] + bias[2 * bias_stride + i];
-    const R candidate = tanh_(xn[i] + r * q_n);
-    gr[i] = r;
-    gz[i] = z;
-    gn[i] = candidate;
-    gq[i] = q_n;
-    h_new[i] = gru_state(z, candidate, h[i]);
+  for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+    const auto product = [&](int g) __attribute__((always_inline)) {
+      return at.load(q + g * q_stride) + at.load(bias + g * bias_stride);
+    };
+    const Vec<R> r = sigmoid(at.load(x[0]) + product(0)), z = sigmoid(at.load(x[1]) + product(1));
+    const Vec<R> q_n = product(2), candidate = tanh_(at.load(x[2]) + r * q_n);
+    at.store(gates[0], r);
+    at.store(gates[1], z);
+    at.store(gates[2], candidate);
+    at.store(gates[3], q_n);
+    at.store(h_new, gru_state(z, candidate, at.load(h)));
   }
 }
 
@@ -94,7 +95,8 @@ class Forward {
 
  private:
   void run(int64_t thread, int64_t count) {
-    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R)))};
+    Ahead ahead;
+    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))), ahead};
     const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
     for (int64_t b = b0; b < b1; ++b) start_row(b);
     if (!direct) {
@@ -133,6 +135,7 @@ class Forward {
 
   struct Local {
     R* memory;  // (G + KEPT + 1) rows of `width`
+    Ahead& ahead;
   };
 
   // The outputs past the row's length, and the states of a row that takes no step.
@@ -165,41 +168,58 @@ class Forward {
 
   template <bool SECOND, class Weights>
   void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
-    constexpr int MOST = Weights::MOST_ROWS;
-    alignas(64) R sums[MOST * Weights::WIDTH];
+    // Two panels at once where one is as wide as a vector: a line of the cache is half of what memory brings.
+    constexpr int MOST = Weights::MOST_ROWS, PANELS = Weights::GROUPS == 1 ? 2 : 1;
+    constexpr int64_t UNITS = PANELS * Weights::UNITS, WIDTH = PANELS * Weights::WIDTH;
+    constexpr int64_t V_STRIDE = PANELS * LANES<R>;
+    alignas(64) R sums[MOST * WIDTH];
     const R* rows[MOST];
     int64_t b_of[MOST], b = share.b0;
     while (b < share.b1) {
+      const int64_t b_first = b;
       int64_t n = 0;
       for (; b < share.b1 && n < MOST; ++b) {
         if (t >= steps_of(p, b)) continue;
         rows[n] = SECOND ? reset_h + b * p.H : h_before(t, b);
         b_of[n++] = b;
       }
-      for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
-        const int64_t j = i * Weights::UNITS, units = least(Weights::UNITS, p.H - j);
-        for (int64_t r = 0; r < n && !by_rows; ++r) ask_for(t, b_of[r], j, units);
-        weights.product(rows, n, i, sums);
+      for (int64_t i = share.panel0; i < share.panel1 && n > 0; i += PANELS) {
+        const int64_t j = i * Weights::UNITS, end = least(i + PANELS, share.panel1);
+        const int64_t units = least(end * Weights::UNITS, p.H) - j;
+        if (by_rows) {
+          local.ahead.clear();
+        } else if (end < share.panel1) {
+          look_ahead(t, b_first, b, j + units, UNITS, local.ahead);
+        } else {
+          look_ahead(p.reverse ? t - 1 : t + 1, b_first, b, share.panel0 * Weights::UNITS, UNITS, local.ahead);
+        }
+        for (int64_t panel = i; panel < end; ++panel) {
+          weights.product(rows, n, panel, sums + (panel - i) * LANES<R>, WIDTH, V_STRIDE, local.ahead);
+        }
         for (int64_t r = 0; r < n; ++r) {
-          const R* q = sums + r * Weights::WIDTH;
-          if (units == Weights::UNITS) {
-            finish<SECOND>(t, b_of[r], j, Weights::UNITS, q, Weights::UNITS, local);
+          const R* q = sums + r * WIDTH;
+          if (units == UNITS) {
+            finish<SECOND>(t, b_of[r], j, UNITS, q, UNITS, local);
           } else {
-            finish<SECOND>(t, b_of[r], j, units, q, Weights::UNITS, local);
+            finish<SECOND>(t, b_of[r], j, units, q, UNITS, local);
           }
         }
       }
     }
   }
 
-  // What this step writes of a row and the next one reads: lines too far apart for the hardware to fetch ahead.
-  // Beyond the end of memory this does nothing.
-  void ask_for(int64_t t, int64_t b, int64_t j, int64_t n) const {
-    const int64_t next = p.reverse ? t - 1 : t + 1;
-    for (int g = 0; g < G; ++g) fetch(place(p.x, p.dtype, next, b, g * p.H + j), n * size_of(p.dtype));
-    for (int g = 0; g < KEPT && p.gates; ++g) fetch<1>(kept(p.gates, KEPT, t, b) + g * p.H + j, n * sizeof(R));
-    if (p.cells) fetch<1>(kept(p.cells, 1, t, b) + j, n * sizeof(R));
-    fetch<1>(place(p.output, p.dtype, t, b, j), n * size_of(p.dtype));
+  // What the rows b0 to b1 will read and write at time t of n units from j on: lines too far apart for the hardware to
+  // fetch ahead.
+  void look_ahead(int64_t t, int64_t b0, int64_t b1, int64_t j, int64_t n, Ahead& ahead) const {
+    ahead.clear();
+    if (t < 0 || t >= p.T) return;
+    const auto add = [&](const void* from, int64_t stride, int64_t size) {
+      ahead.add(reinterpret_cast<uintptr_t>(from), stride * size, least(n, p.H - j) * size, b1 - b0);
+    };
+    for (int g = 0; g < G; ++g) add(place(p.x, p.dtype, t, b0, g * p.H + j), p.x.stride_b, size_of(p.dtype));
+    for (int g = 0; g < KEPT && p.gates; ++g) add(kept(p.gates, KEPT, t, b0) + g * p.H + j, KEPT * p.H, sizeof(R));
+    if (p.cells) add(kept(p.cells, 1, t, b0) + j, p.H, sizeof(R));
+    add(place(p.output, p.dtype, t, b0, j), p.output.stride_b, size_of(p.dtype));
   }
 
   R* kept(void* tensor, int64_t values, int64_t t, int64_t b) const {
@@ -318,8 +338,7 @@ class Forward {
       RECATTN_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) h[i] = o[i] * tanh_(h[i] * weight[i] + ln_bias[i]);
     } else {
-      RECATTN_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) h[i] = o[i] * tanh_(c[i]);
+      for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) at.store(h, at.load(o) * tanh_(at.load(c)));
     }
   }
 

@@ -7,52 +7,6 @@ namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-// Asks for memory before its use, line by line, from within the loops of the products. Asked for in one go, the lines
-// would wait for each other and the products for them; read only when they are needed, 16 rows at a time, they come in
-// an order in which the hardware does not see what is next.
-class Ahead {
- public:
-  uintptr_t line = 0, end = 0;  // the next to ask for, and where what lies in one piece with it ends
-  int64_t step = 0;
-
-  void clear() { line = end = 0, step = 0, count = number = 0; }
-
-  // `rows` rows of `width` bytes, `stride` apart. What finds no place any more is left to the hardware.
-  void add(uintptr_t from, int64_t stride, int64_t width, int64_t rows) {
-    if (count == MOST || width == 0) return;
-    if (stride == width) width *= rows, rows = 1;
-    areas[count++] = {from, stride, width, rows};
-    if (count == 1) line = start();
-  }
-
-  // The line that follows `now`, when that has come to the end.
-  __attribute__((noinline)) uintptr_t next(uintptr_t now) {
-    if (number < count && --areas[number].rows > 0) {
-      areas[number].row += areas[number].stride;
-    } else if (number < count) {
-      ++number;
-    }
-    if (number < count) return start();
-    step = 0, end = UINTPTR_MAX;  // the last one again and again, which costs nothing
-    return now - 1;
-  }
-
- private:
-  static constexpr int MOST = 16;
-  struct Area {
-    uintptr_t row;
-    int64_t stride, width, rows;
-  };
-
-  uintptr_t start() {
-    step = 64, end = areas[number].row + areas[number].width;
-    return areas[number].row;
-  }
-
-  Area areas[MOST];
-  int count = 0, number = 0;
-};
-
 // out[r][c] (+)= sum over i of a(r, i) * weights[i * step + c], for ROWS r and V vectors of c, added to what is there
 // unless `first`. a(r, i) is a[r * a_step + i], or a[i * a_step + r] if TURNED.
 template <bool TURNED, int ROWS, int V, class R>

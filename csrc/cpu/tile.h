@@ -4,7 +4,7 @@
 // it, [k][vector][lane]. The sums of a tile, ROWS x V vectors, stay in registers over all k.
 #pragma once
 
-#include "vector.h"
+#include "ahead.h"
 
 // The loop that follows reads and writes no element in more than one of its steps. clang checks that at run time.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -30,37 +30,41 @@ constexpr int SUMS = 12;
 // A sum of many products is one of sums of so many: its error grows with CHAIN + K / CHAIN, not with K.
 constexpr int64_t CHAIN = 64;
 
-// out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless `first`.
-template <int ROWS, int V, class R>
+// out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless `first`. out_stride is from one r
+// to the next, v_stride from one v.
+template <int ROWS, int V, class R, class Ahead>
 __attribute__((noinline)) void tile(const R* const* rows, const R* weights, int64_t step, int64_t K, R* out,
-                                    int64_t out_stride, bool first) {
+                                    int64_t out_stride, int64_t v_stride, bool first, Ahead& ahead) {
   const R* row[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) row[r] = rows[r];
   int64_t k = 0;
   do {
     Vec<R> sums[ROWS][V] = {};
-    for (const int64_t end = least(K, k + CHAIN); k < end; ++k, weights += step) {
+    const auto products = [&]() __attribute__((always_inline)) {
       Vec<R> w[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) memcpy(&w[v], weights + v * LANES<R>, VECTOR_BYTES);
+      for (int v = 0; v < V; ++v) w[v] = load_vector(weights + v * LANES<R>);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[r][v] += w[v] * row[r][k];
       }
+      ++k, weights += step;
+    };
+    const int64_t end = least(K, k + CHAIN);
+    while (k + 4 <= end) {  // one by one, what counts them would take the arithmetic units' time
+      ahead.ask();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) products();
     }
+    while (k < end) products();
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        R* const to = out + r * out_stride + v * LANES<R>;
-        if (!first) {
-          Vec<R> before;
-          memcpy(&before, to, VECTOR_BYTES);
-          sums[r][v] += before;
-        }
-        memcpy(to, &sums[r][v], VECTOR_BYTES);
+        R* const to = out + r * out_stride + v * v_stride;
+        store_vector(to, first ? sums[r][v] : load_vector(to) + sums[r][v]);
       }
     }
     first = false;
@@ -89,15 +93,21 @@ struct Tiles {
   static constexpr int ROWS = SUMS / V < 8 ? SUMS / V : 8;
 
   // n rows in tiles of about equal height, so that none is too low to keep the arithmetic units busy.
+  template <class Ahead>
   static void run(const R* const* rows, int64_t n, const R* weights, int64_t step, int64_t K, R* out,
-                  int64_t out_stride, bool first) {
+                  int64_t out_stride, int64_t v_stride, bool first, Ahead& ahead) {
     const int64_t tiles = ceil_div(n, ROWS);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t from = part(n, i, tiles);
       by_height<ROWS>(part(n, i + 1, tiles) - from, [&]<int HEIGHT>() {
-        tile<HEIGHT, V>(rows + from, weights, step, K, out + from * out_stride, out_stride, first);
+        tile<HEIGHT, V>(rows + from, weights, step, K, out + from * out_stride, out_stride, v_stride, first, ahead);
       });
     }
+  }
+  static void run(const R* const* rows, int64_t n, const R* weights, int64_t step, int64_t K, R* out,
+                  int64_t out_stride, bool first) {
+    NothingAhead nothing;
+    run(rows, n, weights, step, K, out, out_stride, LANES<R>, first, nothing);
   }
 };
 
@@ -232,12 +242,21 @@ struct Panels {
 
   // out[r][gate][unit of panel i], WIDTH elements a row, for n rows.
   void product(const R* const* rows, int64_t n, int64_t i, R* out) const {
+    NothingAhead nothing;
+    product(rows, n, i, out, WIDTH, LANES<R>, nothing);
+  }
+
+  // The same, with out_stride elements from one row to the next and v_stride from one vector of a row to the next.
+  template <class Ahead>
+  void product(const R* const* rows, int64_t n, int64_t i, R* out, int64_t out_stride, int64_t v_stride,
+               Ahead& ahead) const {
     const int64_t blocks = ceil_div(K, K_BLOCK);
     const R* block[MOST_ROWS];
     for (int64_t number = 0; number < blocks; ++number) {
       const int64_t k0 = part(K, number, blocks), k1 = part(K, number + 1, blocks);
       for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + k0;
-      Tiles<V, R>::run(block, n, weights + i * panel + k0 * step, step, k1 - k0, out, WIDTH, number == 0);
+      Tiles<V, R>::run(block, n, weights + i * panel + k0 * step, step, k1 - k0, out, out_stride, v_stride, number == 0,
+                       ahead);
     }
   }
 
