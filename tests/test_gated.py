@@ -211,6 +211,23 @@ def test_steps_equal_the_sequences(backend: str) -> None:
     torch.testing.assert_close(gru_step(x[0], h @ weight.t(), h, backend=backend), h_n)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_steps_equal_small_ones(dtype: torch.dtype) -> None:
+    """Results of 8 MB and more go past the caches, where their rows are whole lines of one: the last H's are not."""
+    for rows, H in ((9000, 256), (2200, 1001)):
+        x, q, h, grad = (torch.randn(rows, n * H).to(dtype).requires_grad_() for n in (3, 3, 1, 1))
+        gates = torch.randn(rows, 4 * H).to(dtype).requires_grad_()
+        for step, inputs in ((lstm_step, (gates, h)), (gru_step, (x, q, h))):
+            some = [t[-300:].detach().requires_grad_() for t in inputs]
+            large, small = (step(*given, backend="cpp") for given in (inputs, some))
+            pairs = zip(large, small, strict=True) if isinstance(large, tuple) else [(large, small)]
+            assert all(torch.equal(a[-300:], b) for a, b in pairs)
+            large, small = (y[0] if isinstance(y, tuple) else y for y in (large, small))
+            of_all = torch.autograd.grad(large, inputs, grad)
+            of_some = torch.autograd.grad(small, some, grad[-300:])
+            assert all(torch.equal(a[-300:], b) for a, b in zip(of_all, of_some, strict=True))
+
+
 X, W = torch.randn(4, 3, 20), torch.randn(20, 5)
 STATE, MASK = torch.zeros(3, 5), torch.zeros(4, 3, 5).bool()
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

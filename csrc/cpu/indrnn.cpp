@@ -4,11 +4,8 @@
 // cache; it walks over time, so x and output stream through once. Tiles go to threads, columns to vector lanes. From one
 // step to the next a tile jumps over the columns of the others, where the hardware's prefetchers do not follow, so each
 // step asks for the rows of the next one: measured, a third less time.
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
 #include "rows.h"
+#include "streaming.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -19,10 +16,6 @@ constexpr int64_t CHUNK = 128;  // elements of a row worked on at a time, so tha
 
 // A sum over time is one of sums over so many steps: its error does not grow with T.
 constexpr int64_t SUM_STEPS = 64;
-
-// A result of at least this many bytes goes past the caches to memory: to store it in them, they would first read what
-// it overwrites, and evict what is read next.
-constexpr int64_t STREAM_FROM = int64_t(8) << 20;
 
 // Rows of the batch and a range of the hidden dimension.
 struct Tile {
@@ -54,35 +47,10 @@ S* row(const Sequence& s, int64_t t, int64_t b, int64_t h) {
 
 inline bool ended(const Indrnn& p, int64_t t, int64_t b) { return p.lengths && t >= p.lengths[b]; }
 
-// Only whole lines of the cache can go past it, and a row must not share its last one.
 template <class S>
 bool streams(const Indrnn& p, const Sequence& to) {
-  const auto address = reinterpret_cast<uintptr_t>(to.data);
   const int64_t element = sizeof(S);
-  const auto edges = address | to.stride_t * element | to.stride_b * element | p.H * element;
-  return p.T * p.B * p.H * element >= STREAM_FROM && edges % 64 == 0;
-}
-
-// Copies n elements past the caches; end_streaming() orders them before whatever the thread stores next.
-template <class S>
-void stream_row(S* to, const S* from, int64_t n) {
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i < n; i += 64 / sizeof(S)) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_load_si512(from + i));
-  }
-#elif defined(__SSE2__)
-  for (int64_t i = 0; i < n; i += 16 / sizeof(S)) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-#else
-  memcpy(static_cast<void*>(to), from, n * sizeof(S));
-#endif
-}
-
-inline void end_streaming() {
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
+  return p.T * p.B * p.H * element >= STREAM_FROM && whole_lines(to.data, (to.stride_t | to.stride_b | p.H) * element);
 }
 
 // Asks for n elements of a row that is to be read, or written, soon. Beyond the end of memory it does nothing.

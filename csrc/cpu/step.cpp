@@ -2,17 +2,31 @@
 //
 //   lstm: c[t] = sigmoid(f) * c + sigmoid(i) * tanh(g);  h = sigmoid(o) * tanh(c[t])
 //   gru:  r = sigmoid(x_r + q_r);  z = sigmoid(x_z + q_z);  n = tanh(x_n + r * q_n);  h' = (1 - z) * n + z * h
+#include "ahead.h"
 #include "kernels.h"
-#include "numeric.h"
+#include "streaming.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 64;  // units worked on at a time: their gates stay in the first-level cache
+constexpr int64_t CHUNK = 256;  // units worked on at a time: their gates stay in the first-level cache
 
+template <class R> struct Part {
+  alignas(64) R data[CHUNK];
+  operator R*() { return data; }
+};
+
+// G gates of a part of a row.
+template <int G, class R> struct Gates {
+  Part<R> of[G];
+  Part<R>& operator[](int g) { return of[g]; }
+};
+
+// Reads n elements, and asks for those of the next row.
 template <class S, class R>
-RECATTN_FN void read(R* __restrict to, const S* __restrict from, int64_t n) {
+RECATTN_FN void read(R* __restrict to, const S* __restrict from, int64_t next, int64_t n) {
+  fetch(from + next, n * sizeof(S));
   if constexpr (sizeof(S) == 2) {
     widen(to, from, n);
   } else {
@@ -21,9 +35,13 @@ RECATTN_FN void read(R* __restrict to, const S* __restrict from, int64_t n) {
 }
 
 template <class S, class R>
-RECATTN_FN void write(S* __restrict to, const R* __restrict from, int64_t n) {
+RECATTN_FN void write(S* __restrict to, const R* __restrict from, int64_t n, bool stream) {
   if constexpr (sizeof(S) == 2) {
-    narrow(to, from, n);
+    alignas(64) S line[CHUNK];
+    narrow(stream ? line : to, from, n);
+    if (stream) stream_row(to, line, n);
+  } else if (stream) {
+    stream_row(to, from, n);
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
@@ -32,116 +50,144 @@ RECATTN_FN void write(S* __restrict to, const R* __restrict from, int64_t n) {
 // Calls work(row, first unit, units) for all of (B, H), over threads.
 template <class F>
 void each_chunk(const Step& p, F work) {
-  const int64_t across = (p.H + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static) num_threads(p.B * p.H < 8192 ? 1 : p.threads)
-  for (int64_t i = 0; i < p.B * across; ++i) {
-    const int64_t first = i % across * CHUNK;
-    work(i / across, first, p.H - first < CHUNK ? p.H - first : CHUNK);
+  const int64_t across = ceil_div(p.H, CHUNK);
+#pragma omp parallel num_threads(p.B * p.H < 8192 ? 1 : p.threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < p.B * across; ++i) {
+      const int64_t first = i % across * CHUNK;
+      work(i / across, first, least(CHUNK, p.H - first));
+    }
+    end_streaming();
   }
+}
+
+// Whether a result of G values of S a unit goes past the caches.
+template <int G, class S>
+bool streams(const Step& p, const void* to) {
+  const int64_t row = p.H * sizeof(S);  // of one gate
+  return p.B * G * row >= STREAM_FROM && whole_lines(to, row);
 }
 
 // G gates of a row, of H units each, read from or written to where `unit` is the first.
 template <int G, class S, class R>
-RECATTN_FN void read_gates(R (&to)[G][CHUNK], const void* from, int64_t stride, int64_t H, int64_t b, int64_t unit,
+RECATTN_FN void read_gates(Gates<G, R>& to, const void* from, int64_t stride, int64_t H, int64_t b, int64_t unit,
                            int64_t n) {
-  for (int g = 0; g < G; ++g) read(to[g], static_cast<const S*>(from) + b * stride + g * H + unit, n);
+  for (int g = 0; g < G; ++g) read<S>(to[g].data, static_cast<const S*>(from) + b * stride + g * H + unit, stride, n);
 }
 template <int G, class S, class R>
-RECATTN_FN void write_gates(void* to, const R (&from)[G][CHUNK], int64_t H, int64_t b, int64_t unit, int64_t n) {
-  for (int g = 0; g < G; ++g) write(static_cast<S*>(to) + (b * G + g) * H + unit, from[g], n);
+RECATTN_FN void write_gates(void* to, Gates<G, R>& from, int64_t H, int64_t b, int64_t unit, int64_t n, bool stream) {
+  for (int g = 0; g < G; ++g) write<S, R>(static_cast<S*>(to) + (b * G + g) * H + unit, from[g], n, stream);
 }
 
 // A (B, H) tensor's part, read into a buffer; zeros for an absent one.
 template <class S, class R>
-RECATTN_FN void read_state(R* to, const void* from, int64_t offset, int64_t n) {
+RECATTN_FN void read_state(Part<R>& to, const void* from, int64_t H, int64_t b, int64_t unit, int64_t n) {
   if (from) {
-    read(to, static_cast<const S*>(from) + offset, n);
+    read<S>(to.data, static_cast<const S*>(from) + b * H + unit, H, n);
   } else {
     memset(to, 0, n * sizeof(R));
   }
 }
+template <class S, class R>
+RECATTN_FN void write_state(void* to, Part<R>& from, int64_t H, int64_t b, int64_t unit, int64_t n, bool stream) {
+  write<S, R>(static_cast<S*>(to) + b * H + unit, from, n, stream);
+}
+
+template <class R>
+RECATTN_FN LstmGates<Vec<R>> activated(const Lanes<R>& at, Gates<4, R>& gates) {
+  return lstm_gates(at.load(gates[0]), at.load(gates[1]), at.load(gates[2]), at.load(gates[3]));
+}
 
 template <class S, class R>
 void lstm_forward(const LstmStep& p) {
+  const bool stream = streams<1, S>(p, p.h), stream_c = streams<1, R>(p, p.c_n);
   each_chunk(p, [&](int64_t b, int64_t unit, int64_t n) {
-    const int64_t at = b * p.H + unit;
-    R gates[4][CHUNK], c[CHUNK], h[CHUNK];
+    Gates<4, R> gates;
+    Part<R> c, h;
     read_gates<4, S>(gates, p.gates, p.gates_stride, p.H, b, unit, n);
-    read_state<R>(c, p.c, at, n);
-    for (int64_t j = 0; j < n; ++j) {
-      const auto a = lstm_gates(gates[0][j], gates[1][j], gates[2][j], gates[3][j]);
-      c[j] = lstm_cell(a, c[j]);
-      h[j] = a.o * tanh_(c[j]);
+    read_state<R>(c, p.c, p.H, b, unit, n);
+    for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+      const auto a = activated(at, gates);
+      const Vec<R> c_n = lstm_cell(a, at.load(c));
+      at.store(c, c_n);
+      at.store(h, a.o * tanh_(c_n));
     }
-    write(static_cast<S*>(p.h) + at, h, n);
-    write(static_cast<R*>(p.c_n) + at, c, n);
+    write_state<S>(p.h, h, p.H, b, unit, n, stream);
+    write_state<R>(p.c_n, c, p.H, b, unit, n, stream_c);
   });
 }
 
 template <class S, class R>
 void lstm_backward_(const LstmStep& p) {
+  const bool stream = streams<4, S>(p, p.grad_gates), stream_c = streams<1, R>(p, p.grad_c);
   each_chunk(p, [&](int64_t b, int64_t unit, int64_t n) {
-    const int64_t at = b * p.H + unit;
-    R gates[4][CHUNK], c[CHUNK], dh[CHUNK], dc[CHUNK];
+    Gates<4, R> gates;
+    Part<R> c, dh, dc;
     read_gates<4, S>(gates, p.gates, p.gates_stride, p.H, b, unit, n);
-    read_state<R>(c, p.c, at, n);
-    read_state<S>(dh, p.grad_h, at, n);
-    read_state<R>(dc, p.grad_c_n, at, n);
-    for (int64_t j = 0; j < n; ++j) {
-      const auto a = lstm_gates(gates[0][j], gates[1][j], gates[2][j], gates[3][j]);
-      const R squashed = tanh_(lstm_cell(a, c[j]));
-      const R flow = dc[j] + dh[j] * a.o * tanh_slope(squashed);
-      const auto d = lstm_backward(a, c[j], squashed, flow, dh[j]);
-      gates[0][j] = d.i;
-      gates[1][j] = d.f;
-      gates[2][j] = d.g;
-      gates[3][j] = d.o;
-      c[j] = a.f * flow;
+    read_state<R>(c, p.c, p.H, b, unit, n);
+    read_state<S>(dh, p.grad_h, p.H, b, unit, n);
+    read_state<R>(dc, p.grad_c_n, p.H, b, unit, n);
+    for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+      const auto a = activated(at, gates);
+      const Vec<R> before = at.load(c), grad = at.load(dh), squashed = tanh_(lstm_cell(a, before));
+      const Vec<R> flow = at.load(dc) + grad * a.o * tanh_slope(squashed);
+      const auto d = lstm_backward(a, before, squashed, flow, grad);
+      at.store(gates[0], d.i);
+      at.store(gates[1], d.f);
+      at.store(gates[2], d.g);
+      at.store(gates[3], d.o);
+      at.store(c, a.f * flow);
     }
-    write_gates<4, S>(p.grad_gates, gates, p.H, b, unit, n);
-    write(static_cast<R*>(p.grad_c) + at, c, n);
+    write_gates<4, S>(p.grad_gates, gates, p.H, b, unit, n, stream);
+    write_state<R>(p.grad_c, c, p.H, b, unit, n, stream_c);
   });
 }
 
 template <class S, class R>
 void gru_forward(const GruStep& p) {
+  const bool stream = streams<1, R>(p, p.h_n);
   each_chunk(p, [&](int64_t b, int64_t unit, int64_t n) {
-    const int64_t at = b * p.H + unit;
-    R x[3][CHUNK], q[3][CHUNK], h[CHUNK];
+    Gates<3, R> x, q;
+    Part<R> h;
     read_gates<3, S>(x, p.x_gates, p.x_stride, p.H, b, unit, n);
     read_gates<3, R>(q, p.h_gates, 3 * p.H, p.H, b, unit, n);
-    read_state<R>(h, p.h, at, n);
-    for (int64_t j = 0; j < n; ++j) {
-      const R r = sigmoid(x[0][j] + q[0][j]), z = sigmoid(x[1][j] + q[1][j]);
-      h[j] = gru_state(z, tanh_(x[2][j] + r * q[2][j]), h[j]);
+    read_state<R>(h, p.h, p.H, b, unit, n);
+    for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+      const Vec<R> r = sigmoid(at.load(x[0]) + at.load(q[0])), z = sigmoid(at.load(x[1]) + at.load(q[1]));
+      at.store(h, gru_state(z, tanh_(at.load(x[2]) + r * at.load(q[2])), at.load(h)));
     }
-    write(static_cast<R*>(p.h_n) + at, h, n);
+    write_state<R>(p.h_n, h, p.H, b, unit, n, stream);
   });
 }
 
 template <class S, class R>
 void gru_backward(const GruStep& p) {
+  const bool stream_x = streams<3, S>(p, p.grad_x_gates), stream_q = streams<3, R>(p, p.grad_h_gates);
+  const bool stream = streams<1, R>(p, p.grad_h);
   each_chunk(p, [&](int64_t b, int64_t unit, int64_t n) {
-    const int64_t at = b * p.H + unit;
-    R x[3][CHUNK], q[3][CHUNK], h[CHUNK], dh[CHUNK];
+    Gates<3, R> x, q;
+    Part<R> h, dh;
     read_gates<3, S>(x, p.x_gates, p.x_stride, p.H, b, unit, n);
     read_gates<3, R>(q, p.h_gates, 3 * p.H, p.H, b, unit, n);
-    read_state<R>(h, p.h, at, n);
-    read_state<R>(dh, p.grad_h_n, at, n);
-    for (int64_t j = 0; j < n; ++j) {
-      const R r = sigmoid(x[0][j] + q[0][j]), z = sigmoid(x[1][j] + q[1][j]);
-      const R candidate = tanh_(x[2][j] + r * q[2][j]);
-      const R dz = gru_backward_z(z, candidate, h[j], dh[j]), dn = gru_backward_n(z, candidate, dh[j]);
-      const R dr = dn * q[2][j] * sigmoid_slope(r);
-      x[0][j] = q[0][j] = dr;
-      x[1][j] = q[1][j] = dz;
-      x[2][j] = dn;
-      q[2][j] = dn * r;
-      h[j] = z * dh[j];
+    read_state<R>(h, p.h, p.H, b, unit, n);
+    read_state<R>(dh, p.grad_h_n, p.H, b, unit, n);
+    for (Lanes<R> at = {0, n}; at.i < n; at.i += LANES<R>) {
+      const Vec<R> r = sigmoid(at.load(x[0]) + at.load(q[0])), z = sigmoid(at.load(x[1]) + at.load(q[1]));
+      const Vec<R> q_n = at.load(q[2]), grad = at.load(dh), candidate = tanh_(at.load(x[2]) + r * q_n);
+      const Vec<R> dz = gru_backward_z(z, candidate, at.load(h), grad), dn = gru_backward_n(z, candidate, grad);
+      const Vec<R> dr = dn * q_n * sigmoid_slope(r);
+      at.store(x[0], dr);
+      at.store(q[0], dr);
+      at.store(x[1], dz);
+      at.store(q[1], dz);
+      at.store(x[2], dn);
+      at.store(q[2], dn * r);
+      at.store(h, z * grad);
     }
-    write_gates<3, S>(p.grad_x_gates, x, p.H, b, unit, n);
-    write_gates<3, R>(p.grad_h_gates, q, p.H, b, unit, n);
-    write(static_cast<R*>(p.grad_h) + at, h, n);
+    write_gates<3, S>(p.grad_x_gates, x, p.H, b, unit, n, stream_x);
+    write_gates<3, R>(p.grad_h_gates, q, p.H, b, unit, n, stream_q);
+    write_state<R>(p.grad_h, h, p.H, b, unit, n, stream);
   });
 }
 
