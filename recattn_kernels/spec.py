@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recattn_kernels import checks
+from recattn_kernels.ops import gpu
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -68,7 +71,6 @@ class OpSpec:
     name: str
     function: Callable[..., Any]
     backends: tuple[str, ...]  # the fused ones, in the order that auto tries them
-    dtypes: Mapping[str, tuple[torch.dtype, ...]]  # by backend
     samples: tuple[Sample, ...]
     workloads: tuple[Workload, ...]
     inputs: Inputs
@@ -84,12 +86,18 @@ class OpSpec:
     variants: tuple[Mapping[str, Any], ...] = ({},)
     wide: bool = False  # beside a 16-bit first argument the others are float32, and nothing else
 
+    @property
+    def dtypes(self) -> dict[str, tuple[torch.dtype, ...]]:
+        """The floating types of each backend, the reference among them: a GPU's have no float64."""
+        names = ("reference", *self.backends)
+        return {name: gpu.DTYPES if name in ("triton", "cuda") else checks.FLOATING for name in names}
+
     def arguments(
         self, sample: Sample, dtype: torch.dtype, device: str, *, mixed: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A sample's arguments in dtype on device; mixed: float32 but for the first."""
         args, kwargs = sample.make(torch.Generator().manual_seed(0))
-        sixteen_bit = dtype in (torch.bfloat16, torch.float16)
+        sixteen_bit = dtype in checks.SIXTEEN_BIT
         others = torch.float32 if mixed or (self.wide and sixteen_bit) else dtype
         return (cast(args[0], dtype, device), *cast(args[1:], others, device)), cast(kwargs, others, device)
 

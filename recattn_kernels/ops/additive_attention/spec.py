@@ -12,8 +12,6 @@ from recattn_kernels.ops.additive_attention.contract import BACKENDS
 from recattn_kernels.ops.samples import Arguments, randn
 from recattn_kernels.spec import OpSpec, Sample, Workload
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def sample(name: str, B: int, N: int, A: int, D: int, /, *, masked: bool = False, **kwargs: Any) -> Sample:
     def make(generator: Generator) -> Arguments:
@@ -95,7 +93,6 @@ SPEC = OpSpec(
     name="additive_attention",
     function=additive_attention,
     backends=tuple(BACKENDS),
-    dtypes={name: (torch.float64, *FLOAT) for name in ("reference", "cpp")} | {"triton": FLOAT},
     samples=(
         sample("plain", 3, 5, 17, 9),
         Sample("everything", everything),

@@ -13,8 +13,6 @@ from recattn_kernels.ops.glimpse.contract import BACKENDS
 from recattn_kernels.ops.samples import Arguments, randn
 from recattn_kernels.spec import OpSpec, Sample, Sweep, Workload
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
 Make = Callable[[Generator], Any]
 
 
@@ -166,7 +164,6 @@ SPEC = OpSpec(
     name="glimpse",
     function=glimpse,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
     samples=SAMPLES,
     workloads=WORKLOADS,
     inputs=inputs,

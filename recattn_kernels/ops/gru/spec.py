@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from recattn_kernels.ops.gated.spec import Samples, cost, inputs, workloads
 from recattn_kernels.ops.gru.api import gru
 from recattn_kernels.ops.gru.contract import BACKENDS
 from recattn_kernels.spec import OpSpec
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 GRU = Samples(3)
 # Of the original form, what its other order of reset and product may change.
 ORIGINAL = (
@@ -21,7 +18,6 @@ SPEC = OpSpec(
     name="gru",
     function=gru,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=(*GRU.all(), *GRU.variant("original_", ORIGINAL, reset_after=False)),
     workloads=workloads(),
     inputs=inputs(3),

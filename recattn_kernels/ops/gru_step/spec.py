@@ -12,8 +12,6 @@ from recattn_kernels.ops.gru_step.contract import BACKENDS
 from recattn_kernels.ops.samples import Arguments, randn
 from recattn_kernels.spec import OpSpec, Sample, Workload
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def sample(name: str, B: int, H: int, /, **options: Any) -> Sample:
     def make(generator: Generator) -> Arguments:
@@ -61,7 +59,6 @@ SPEC = OpSpec(
     name="gru_step",
     function=gru_step,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
     samples=(
         sample("plain", 3, 17),
         sample("everything", 5, 65),

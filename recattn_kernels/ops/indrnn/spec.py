@@ -158,13 +158,11 @@ SWEEPS = (
     Sweep("over-BH", "B*H", {n: {"T": 256, "B": n // 64, "H": 64} for n in COLUMNS}, ("cuda",), sweep_inputs),
 )
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 SPEC = OpSpec(
     name="indrnn",
     function=indrnn,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=SAMPLES,
     workloads=WORKLOADS,
     inputs=inputs,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from recattn_kernels.ops.gated.spec import Samples, cost, inputs, workloads
 from recattn_kernels.ops.lstm.api import lstm
 from recattn_kernels.ops.lstm.contract import BACKENDS
 from recattn_kernels.spec import OpSpec
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 SPEC = OpSpec(
     name="lstm",
     function=lstm,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=tuple(Samples(4, has_c=True).all()),
     workloads=workloads(),
     inputs=inputs(4),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from recattn_kernels.ops.gated.spec import Samples, cost, inputs, workloads
 from recattn_kernels.ops.rnn.api import rnn
 from recattn_kernels.ops.rnn.contract import BACKENDS
 from recattn_kernels.ops.samples import away
 from recattn_kernels.spec import OpSpec
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 RNN = Samples(1)
 # With relu no sum may come so near to 0 that a rounding decides its whole gradient.
 RELU = ("plain", "wide", "everything_reverse", "layer_norm")
@@ -19,7 +16,6 @@ SPEC = OpSpec(
     name="rnn",
     function=rnn,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT, "cuda": FLOAT},
     samples=(*RNN.all(), *RNN.variant("relu_", RELU, nonlinearity="relu", x=away, gain=0.05)),
     workloads=workloads(),
     inputs=inputs(1),

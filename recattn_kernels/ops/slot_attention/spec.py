@@ -13,8 +13,6 @@ from recattn_kernels.ops.slot_attention.api import slot_attention
 from recattn_kernels.ops.slot_attention.contract import BACKENDS
 from recattn_kernels.spec import OpSpec, Sample, Workload
 
-FLOAT = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def mask(generator: Generator, B: int, size: int) -> Tensor:
     """Of each row about two thirds, of the first all, of the last none."""
@@ -109,7 +107,6 @@ SPEC = OpSpec(
     name="slot_attention",
     function=slot_attention,
     backends=tuple(BACKENDS),
-    dtypes={"reference": (torch.float64, *FLOAT), "cpp": (torch.float64, *FLOAT), "triton": FLOAT},
     samples=(
         sample("plain", 2, 4, 9, 8, 8),
         sample(
