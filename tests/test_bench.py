@@ -15,7 +15,7 @@ from torch import Tensor
 from recattn_kernels import backends, cli, registry
 from recattn_kernels.bench import peers, report, runner, timing
 from recattn_kernels.ops.indrnn import cpp
-from recattn_kernels.spec import Sweep, Workload
+from recattn_kernels.spec import Sweep, Workload, tensors
 
 needs_cpp = pytest.mark.skipif(
     isinstance(backends.extension("_cpu"), str), reason=f"no C++ backend: {backends.extension('_cpu')}"
@@ -220,3 +220,16 @@ def test_compiled_peer_is_right(steps: int) -> None:
     (impl,) = (impl for impl in peers.build(case, None)[0] if impl.name.startswith("compile"))
     assert impl.name == ("compile" if steps == 8 else "compile/17")
     assert runner.check(impl, torch.float32, {}) is None
+
+
+@pytest.mark.parametrize("name", ["lstm_step", "gru_step"])
+def test_least_bytes_of_a_step(name: str) -> None:
+    """Forward every input is read and every output written, once; backward every input is read again, the gradients of
+    the outputs are read, and those of the inputs written."""
+    spec = registry.find(name)
+    for work in spec.workloads:
+        args, kwargs = spec.inputs(work, torch.float32, "cpu", torch.Generator().manual_seed(0))
+        read = sum(t.nbytes for t in args)
+        written = sum(t.nbytes for t in tensors(spec.function(*args, **kwargs, backend="reference")))
+        assert spec.cost(work, torch.float32, False)[0] == read + written
+        assert spec.cost(work, torch.float32, True)[0] == (read + written) + (read + written + read)
