@@ -192,6 +192,10 @@ def load(op: str, module: str) -> Any:
     return importlib.import_module(f"recattn_kernels.ops.{op}.{module}")
 
 
+def no_refusal(call: Any) -> None:
+    """The line of a backend that runs every call."""
+
+
 def refusal(backend: str, table: Table, call: Any) -> str | None:
     """Why this backend cannot run this call; None: it can."""
     if backend == "reference":

@@ -45,6 +45,6 @@ def typed(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None or x.numel() == 0 else (x.data_ptr(), DTYPES.index(x.dtype))
 
 
-def refusal_of_float64(x: Tensor) -> str | None:
-    """Why kernels that compute in float32 cannot run a call on x."""
-    return "it has no float64 kernel" if x.dtype == torch.float64 else None
+def refusal_of_float64(call: Any) -> str | None:
+    """Why kernels that compute in float32 cannot run a call."""
+    return "it has no float64 kernel" if call.x.dtype == torch.float64 else None

@@ -201,14 +201,9 @@ def backward(op: str, *args: Any) -> tuple[Tensor, ...]:
     return tuple(backends.load(op, backend).backward(grads, call, kept, needs_weight))
 
 
-def cpp_refusal(call: Call) -> str | None:
-    """The CPU kernels take every call."""
-    return None
-
-
 def triton_refusal(call: Call) -> str | None:
     """Why the Triton kernels cannot run the call."""
-    return gpu.refusal_of_float64(call.x)
+    return gpu.refusal_of_float64(call)
 
 
 def cuda_refusal(call: Call) -> str | None:

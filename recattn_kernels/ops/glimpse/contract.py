@@ -25,10 +25,6 @@ def empty(
     return (image.new_empty((B, loc.shape[1], scales, C, height, width), dtype=dtype),)
 
 
-def _cpp_refusal(call: Call) -> str | None:
-    return None
-
-
 def _triton_refusal(call: Call) -> str | None:
     if call.inputs[1] is not None and call.inputs[1].dtype == torch.float64:
         return "it computes in float32, loc is float64"
@@ -40,4 +36,4 @@ def _triton_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}
+BACKENDS: backends.Table = {"cpp": backends.no_refusal, "triton": _triton_refusal}

@@ -67,7 +67,7 @@ def _cpp_refusal(call: Call) -> str | None:
 
 
 def _gpu_refusal(call: Call) -> str | None:
-    return gpu.refusal_of_float64(call.x) or refusal(call)
+    return gpu.refusal_of_float64(call) or refusal(call)
 
 
 # A CPU tensor ends at cpp, a CUDA tensor at triton or cuda: the order of those two waits for a measurement on a GPU.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recattn_kernels import backends
-from recattn_kernels.ops.gated.contract import cpp_refusal, cuda_refusal, triton_refusal
+from recattn_kernels.ops.gated.contract import cuda_refusal, triton_refusal
 
 # cuda has not run on a GPU: auto prefers triton until both are measured.
-BACKENDS: backends.Table = {"cpp": cpp_refusal, "triton": triton_refusal, "cuda": cuda_refusal}
+BACKENDS: backends.Table = {"cpp": backends.no_refusal, "triton": triton_refusal, "cuda": cuda_refusal}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from recattn_kernels import backends
+from recattn_kernels.ops import gpu
 from recattn_kernels.ops.operator import Call
 from recattn_kernels.ops.sequence import compute_dtype
 
@@ -49,13 +49,9 @@ def widths(k: Tensor, v: Tensor | None) -> tuple[int, int, int, int, int]:
     return D, Dv, Dv, 1, 1
 
 
-def _cpp_refusal(call: Call) -> str | None:
-    return None
-
-
 def _triton_refusal(call: Call) -> str | None:
-    if call.x.dtype == torch.float64:
-        return "it computes in float32, q is float64"
+    if (reason := gpu.refusal_of_float64(call)) is not None:
+        return reason
     q, k, v = call.x, call.inputs[1], call.inputs[2]
     assert k is not None
     _, heads, K, _, D, Dv = sizes_of(q, k, v)
@@ -68,4 +64,4 @@ def _triton_refusal(call: Call) -> str | None:
     return None
 
 
-BACKENDS: backends.Table = {"cpp": _cpp_refusal, "triton": _triton_refusal}
+BACKENDS: backends.Table = {"cpp": backends.no_refusal, "triton": _triton_refusal}
