@@ -16,6 +16,7 @@ from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_
 from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.tracing import Proxy, leaf, savable
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
+from recattn_kernels.ops.glimpse.contract import IMAGE_DTYPES
 
 CORES = ("rnn", "lstm")
 
@@ -321,7 +322,7 @@ class RecurrentAttention(nn.Module):
         checks.tensor("RecurrentAttention", "image", image)
         checks.rank("RecurrentAttention", "image", image, "(B, C, H, W)")
         checks.width("RecurrentAttention", "image", image, "(B, C, H, W)", "C = channels", self.channels, dim=1)
-        checks.dtype("RecurrentAttention", "image", image, (*checks.FLOATING, torch.uint8))
+        checks.dtype("RecurrentAttention", "image", image, IMAGE_DTYPES)
         checks.device("RecurrentAttention", "image", image, "classifier.weight", self.classifier.weight)
         checks.count("RecurrentAttention", "samples", samples)
 

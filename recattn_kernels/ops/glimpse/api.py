@@ -11,7 +11,16 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from recattn_kernels import checks
 from recattn_kernels.ops.glimpse import reference
-from recattn_kernels.ops.glimpse.contract import BACKENDS, COMPATIBLE, COORDS, MODES, PADDINGS, empty
+from recattn_kernels.ops.glimpse.contract import (
+    BACKENDS,
+    COMPATIBLE,
+    COORDS,
+    IMAGE_DTYPES,
+    LOC_DTYPES,
+    MODES,
+    PADDINGS,
+    empty,
+)
 from recattn_kernels.ops.operator import Call, Operator
 
 OPERATOR = Operator(
@@ -84,15 +93,14 @@ def normalise(
     """Checks the arguments of glimpse(), and brings loc to (B, G, 2) in the order x, y, before any work."""
     checks.tensor("glimpse", "image", image)
     checks.rank("glimpse", "image", image, "(B, C, H, W)")
-    checks.dtype("glimpse", "image", image, (*checks.FLOATING, torch.uint8))
+    checks.dtype("glimpse", "image", image, IMAGE_DTYPES)
     B, _, H, W = image.shape
     checks.tensor("glimpse", "loc", loc)
     if loc.dim() == 2:
         checks.shape("glimpse", "loc", loc, "(B, 2)", (B, 2))
     elif loc.dim() != 3 or loc.shape[0] != B or loc.shape[2] != 2:
         raise ValueError(f"glimpse: loc must be (B, 2) or (B, G, 2) with B = {B}, got {tuple(loc.shape)}")
-    wide = {torch.float64: (torch.float64,), torch.uint8: (torch.float32, torch.float64)}
-    checks.dtype("glimpse", "loc", loc, wide.get(image.dtype, (torch.float32,)))
+    checks.dtype("glimpse", "loc", loc, LOC_DTYPES.get(image.dtype, (torch.float32,)))
     checks.device("glimpse", "loc", loc, "image", image)
     height, width = _size(size)
     checks.count("glimpse", "scales", scales)

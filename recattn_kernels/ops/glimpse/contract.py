@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recattn_kernels import backends
+from recattn_kernels import backends, checks
 from recattn_kernels.ops.operator import Call
 
 SMOOTH = ("area", "bilinear")
@@ -13,6 +13,9 @@ COMPATIBLE = ("kevinzakka", "tf", "dpnn")
 MODES = (*SMOOTH, *COMPATIBLE)
 PADDINGS = ("zeros", "border", "reflect")
 COORDS = ("xy", "yx")
+IMAGE_DTYPES = (*checks.FLOATING, torch.uint8)
+# Of loc beside an image, where float32 is not the only one.
+LOC_DTYPES = {torch.float64: (torch.float64,), torch.uint8: (torch.float32, torch.float64)}
 BLOCK = 128  # cells of a program of Triton's
 MOST_PROGRAMS = 65535  # in each dimension of CUDA's grids but the first
 
