@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+from recattn_kernels.ops.gpu import gpu_of
 
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
@@ -43,15 +44,11 @@ class Machine(NamedTuple):
 INTERPRETER = Machine(lanes=32, multiprocessors=1, shared=2**17, interpreted=True)
 
 
-@functools.cache
-def _gpu(index: int) -> Machine:
-    properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 2**16)  # ROCm names none: every GPU of its has 64 KB
-    return Machine(properties.warp_size, properties.multi_processor_count, shared)
-
-
 def machine(x: Tensor) -> Machine:
-    return _gpu(x.device.index) if x.device.type == "cuda" else INTERPRETER
+    if x.device.type != "cuda":
+        return INTERPRETER
+    gpu = gpu_of(x.device)
+    return Machine(gpu.lanes, gpu.multiprocessors, gpu.shared)
 
 
 def guard(x: Tensor) -> AbstractContextManager[Any]:

@@ -74,6 +74,24 @@ def test_later_steps_are_launched_as_the_first(
         launched.clear()
 
 
+@test_aot.needs_triton
+def test_both_backends_know_the_same_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recattn_kernels.ops.gpu import gpu_of
+    from recattn_kernels.triton_launch import Machine, machine
+
+    h200 = SimpleNamespace(
+        multi_processor_count=132, warp_size=32, major=9, minor=0, shared_memory_per_block_optin=227 * 2**10
+    )
+    mi300 = SimpleNamespace(multi_processor_count=304, warp_size=64, major=9, minor=4)
+    for properties, shared in ((h200, 227 * 2**10), (mi300, 2**16)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        device = torch.device("cuda", next(INDICES))
+        gpu = gpu_of(device)
+        assert gpu == (properties.multi_processor_count, shared, (9, properties.minor), properties.warp_size)
+        x: Any = SimpleNamespace(device=device)
+        assert machine(x) == Machine(properties.warp_size, properties.multi_processor_count, shared)
+
+
 @pytest.mark.interpret
 def test_without_a_compiler_every_step_is_launched_by_name() -> None:
     from recattn_kernels.triton_launch import Launch, run_steps

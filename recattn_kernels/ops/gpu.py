@@ -1,4 +1,4 @@
-"""What the GPU backends of every op have in common: mostly, how the kernels of csrc/cuda are handed what they need."""
+"""What the GPU backends of every op have in common: the GPU, and how csrc/cuda is handed what it needs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class Gpu(NamedTuple):
     multiprocessors: int
     shared: int  # bytes that one block may have
     capability: tuple[int, int] = (8, 0)
+    lanes: int = 32  # of a warp, or of an AMD wavefront
 
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 2**10)
-    return Gpu(properties.multi_processor_count, shared, (properties.major, properties.minor))
+    shared = getattr(properties, "shared_memory_per_block_optin", 2**16)  # ROCm names none: every GPU of its has 64 KB
+    capability = (properties.major, properties.minor)
+    return Gpu(properties.multi_processor_count, shared, capability, properties.warp_size)
 
 
 def cuda() -> Any:
