@@ -44,7 +44,7 @@ import torch
 import typer
 from captioning_model import GRID, Baseline, Caption, Captioner, Options, beam_search, loss_of
 from captioning_scenes import SIZE, WORDS, Scene, decode, draw_scenes, encode, images
-from checkpoints import check_left, check_resumed, load, options_of, restoring, save
+from checkpoints import check_left, check_resumed, load, options_of, restore, restoring, save
 from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -112,6 +112,7 @@ def train(
             baseline = Baseline(*checkpoint["baseline"])
             step, earlier, curve = checkpoint["step"], checkpoint["elapsed"], checkpoint["curve"]
         check_left(step, options.steps, "--steps")
+        load(out / "best.pt")  # what is wrong with it is better said now than at the end
     started = time.perf_counter()
     losses: list[float] = []
     columns = (
@@ -133,9 +134,9 @@ def train(
                     "optimizer": optimizer.state_dict(), "random_state": torch.get_rng_state(),
                     "baseline": (baseline.value, baseline.seen), "curve": curve, "elapsed": elapsed,
                 }  # fmt: skip
-                save(checkpoint, out / "last.pt")
                 if measured["bleu_4"] >= max(point["bleu_4"] for point in curve):
                     save(checkpoint, out / "best.pt")
+                save(checkpoint, out / "last.pt")  # after the best, which it is resumed with
                 progress.console.print(
                     f"step {step:5}  {elapsed / 60:5.1f} minutes  loss {curve[-1]['loss']:.3f} a word"
                     f"  BLEU-4 {measured['bleu_4']:.3f}  right {measured['right']:.0%}"
@@ -154,7 +155,7 @@ def train(
             step += 1
             progress.update(task, advance=1, loss=nll)
         progress.update(task, total=step)
-    network.load_state_dict(torch.load(out / "best.pt", weights_only=True)["network"])
+    restore(network, out / "best.pt")
     return network, {
         "parameters": sum(p.numel() for p in network.parameters()),
         "steps": step,

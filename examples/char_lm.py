@@ -47,7 +47,7 @@ from char_lm_model import (
     sample,
 )
 from char_lm_text import Text, count_baselines, encode, read_text, streams
-from checkpoints import check_left, check_resumed, load, options_of, restoring, save
+from checkpoints import check_left, check_resumed, load, options_of, restore, restoring, save
 from commands import command, diverged, known_backend, make_folder, write_json
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -107,6 +107,7 @@ def train(
             step, seconds, earlier = checkpoint["step"], checkpoint["seconds"], checkpoint["elapsed"]
             torch.set_rng_state(checkpoint["random_state"])
         check_left(step, total, "--epochs")
+        load(out / "best.pt")  # what is wrong with it is better said now than at the end
     started = time.perf_counter()
     losses: list[float] = []
     finite = True
@@ -134,9 +135,9 @@ def train(
                     "network": network.state_dict(), "optimizer": optimizer.state_dict(), "state": state,
                     "random_state": torch.get_rng_state(), "curve": curve, "seconds": seconds, "elapsed": elapsed,
                 }  # fmt: skip
-                save(checkpoint, out / "last.pt")
                 if bits <= min(p["validation_bits"] for p in curve):
                     save(checkpoint, out / "best.pt")
+                save(checkpoint, out / "last.pt")  # after the best, which it is resumed with
                 progress.console.print(
                     f"epoch {point['epoch']:6.2f}  {point['minutes']:6.2f} minutes"
                     f"  training {point['train_bits']:.3f}  validation {bits:.3f} bits/character"
@@ -163,7 +164,7 @@ def train(
         progress.update(task, total=step)
     if not curve:
         raise diverged(step)
-    network.load_state_dict(torch.load(out / "best.pt", weights_only=True)["network"])
+    restore(network, out / "best.pt")
     epochs, rest = divmod(step, per_epoch)
     characters = (epochs * (len(data) - 1) + rest * options.steps) * options.batch
     return network, {

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import typer
+from torch import nn
 
 Options = TypeVar("Options")
 
@@ -31,6 +32,13 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise typer.BadParameter(f"--resume: {path} is not a checkpoint of this example")
     return checkpoint
+
+
+def restore(network: nn.Module, path: Path) -> None:
+    """Puts the weights of the checkpoint at path into the network, which an earlier run may have left there."""
+    checkpoint = load(path)
+    with restoring():
+        network.load_state_dict(checkpoint["network"])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import load_example
+from test_examples import load_example, run_example
 
 PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy", "mlxtend", "sacrebleu")
 EXAMPLES = (
@@ -73,6 +73,33 @@ def test_refuses_a_checkpoint_of_another_version(tmp_path: Path) -> None:
     torch.save({"options": options, "agent": {"nosuch": torch.zeros(1)}, "step": 1}, tmp_path / "last.pt")
     said = refusal("catch", "--out", str(tmp_path), "--resume", "--steps", "2")
     assert "the checkpoint is not one of this example: Error(s) in loading state_dict" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "longer"),
+    [
+        ("char_lm", ("--hidden", "4", "--steps", "9", "--batch", "4", "--epochs", "1", "--sample", "0"), "--epochs"),
+        (
+            "captioning",
+            ("--features", "8", "--hidden", "8", "--width", "8", "--batch", "4", "--steps", "1", "--test", "2"),
+            "--steps",
+        ),
+    ],
+)
+def test_refuses_a_broken_best_checkpoint(name: str, training: tuple[str, ...], longer: str, tmp_path: Path) -> None:
+    for package in PACKAGES:
+        pytest.importorskip(package)
+    if name == "char_lm":
+        (tmp_path / "text").write_text(20 * "an eye for an eye makes the whole world blind\n")
+        training += ("--text", str(tmp_path / "text"))
+    best, resume = tmp_path / "out" / "best.pt", ("--out", str(tmp_path / "out"), "--resume", longer, "2")
+    run_example(f"{name}.py", *training, *resume[:2])
+    best.write_bytes(b"")
+    assert "best.pt cannot be read as a checkpoint" in refusal(name, *resume)
+    torch.save({"network": {}}, best)
+    checkpoints = load_example("checkpoints.py")
+    with pytest.raises(checkpoints.typer.BadParameter, match="not one of this example: Error"):
+        checkpoints.restore(torch.nn.Linear(1, 1), best)
 
 
 @pytest.mark.parametrize(
