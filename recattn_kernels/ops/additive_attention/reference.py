@@ -24,8 +24,8 @@ def additive_attention(
     (B, N, A), D = keys.shape, values.shape[2]
     keys, values = keys.to(dtype), values.to(dtype)
     if mask is not None:  # what is masked is not looked at: NaN and infinity stay out of every sum and every gradient
-        hidden = ~mask.unsqueeze(2)
-        keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+        absent = ~mask.unsqueeze(2)
+        keys, values = keys.masked_fill(absent, 0.0), values.masked_fill(absent, 0.0)
     act = torch.tanh if activation == "tanh" else torch.relu
     hidden = act(keys + query.to(dtype).unsqueeze(1))
     e = torch.mm(hidden.reshape(B * N, A), weight.to(dtype).unsqueeze(1)).view(B, N)
