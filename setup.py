@@ -33,8 +33,11 @@ CUDA_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -lineinfo --threads 4 -Xco
 # The CUDA runtime is linked in and its symbols are kept private, so that it never meets torch's own copy.
 CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker --exclude-libs=ALL"
 # Each kernel source is compiled once per instruction set, into a namespace of that name; one is picked at run time.
-ISAS = {"isa_base": "-march=x86-64", "isa_v3": "-march=x86-64-v3"}
-ISAS["isa_v4"] = "-march=x86-64-v4 -mprefer-vector-width=512"
+ISAS = {
+    "isa_base": "-march=x86-64",
+    "isa_v3": "-march=x86-64-v3",
+    "isa_v4": "-march=x86-64-v4 -mprefer-vector-width=512",
+}
 if platform.machine() not in ("x86_64", "AMD64"):
     ISAS = {"isa_base": ""}
 NINJA_RULES = """
