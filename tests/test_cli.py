@@ -278,6 +278,13 @@ def test_summary_is_the_geometric_mean_over_workloads() -> None:
         "| indrnn | float32 | `cpp` | `compile` | 4.00x | 0.50x | 2 |",
         "| indrnn | float32 | `layer:ours` | `layer:theirs` | 3.00x |  | 1 |",
     ]
+    other = {"environment": environment | {"cpu": "another"}, "rows": rows[:2]}
+    lines = report.summary_markdown([{"environment": environment, "rows": rows}, other]).splitlines()
+    assert lines[4] == "| op | dtype | row | beside | a CPU: fwd | a CPU: fwd+bwd | another: fwd | workloads |"
+    assert lines[6:] == [
+        "| indrnn | float32 | `cpp` | `compile` | 4.00x | 0.50x | 2.00x | 2 |",
+        "| indrnn | float32 | `layer:ours` | `layer:theirs` | 3.00x |  |  | 1 |",
+    ]
 
 
 def test_quick_samples_of_an_op_with_few() -> None:

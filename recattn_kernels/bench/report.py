@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -207,32 +207,40 @@ def _measured_on(environment: dict[str, Any], device: str) -> str:
     return f"{device_name(environment, device)}{threads}; torch {environment['torch']}; {date}."
 
 
+Ratios = dict[tuple[str, ...], dict[str, list[float]]]
+
+
+def _ratios(rows: Sequence[Row]) -> Ratios:
+    """Of each pass, how many times as long others take, by op, dtype, the row that they are beside and their name."""
+    ratios: Ratios = {}
+    for row in rows:
+        base = baseline(row, rows)
+        if base is None or base is row or base["impl"] == "reference" or not row["median_ms"] or not base["median_ms"]:
+            continue
+        key = (row["op"], row["dtype"], base["impl"], row["impl"].partition("/")[0])
+        ratios.setdefault(key, {}).setdefault(row["pass"], []).append(row["median_ms"] / base["median_ms"])
+    return ratios
+
+
 def summary_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """How many times as long the others take, over all workloads: one table a machine."""
-    parts = []
+    """How many times as long the others take, over all workloads: a column for each pass on each machine."""
+    machines, columns = [], []
     for result in results:
-        rows = [r for r in result["rows"] if r["median_ms"]]
-        for device in dict.fromkeys(r["device"] for r in rows):
-            mine = [r for r in rows if r["device"] == device]
-            passes = list(dict.fromkeys(r["pass"] for r in mine))
-            ratios: dict[tuple[str, ...], dict[str, list[float]]] = {}
-            for row in mine:
-                base = baseline(row, mine)
-                if base is None or base is row or base["impl"] == "reference":
-                    continue
-                key = (row["op"], row["dtype"], base["impl"], row["impl"].partition("/")[0])
-                found = ratios.setdefault(key, {name: [] for name in passes})
-                found[row["pass"]].append(row["median_ms"] / base["median_ms"])
-            lines = ["| op | dtype | row | beside | " + " | ".join(passes) + " | workloads |"]
-            lines.append("| --- | --- | --- | --- |" + " ---: |" * (len(passes) + 1))
-            for (op, dtype, base_name, name), found in ratios.items():
-                means = [f"{math.exp(math.fsum(map(math.log, v)) / len(v)):.2f}x" if v else "" for v in found.values()]
-                count = max(map(len, found.values()))
-                lines.append(
-                    f"| {op} | {dtype} | `{base_name}` | `{name}` | " + " | ".join(means) + f" | {count} |"
-                )  # fmt: skip
-            parts += [_measured_on(result["environment"], device), "\n".join(lines)]
-    return "\n\n".join(parts)
+        for device in dict.fromkeys(r["device"] for r in result["rows"]):
+            rows = [r for r in result["rows"] if r["device"] == device]
+            machines.append(_measured_on(result["environment"], device))
+            name, ratios = device_name(result["environment"], device), _ratios(rows)
+            columns += [(f"{name}: {p}", p, ratios) for p in dict.fromkeys(r["pass"] for r in rows)]
+    if not machines:
+        return ""
+    lines = ["| op | dtype | row | beside | " + " | ".join(title for title, _, _ in columns) + " | workloads |"]
+    lines.append("| --- | --- | --- | --- |" + " ---: |" * (len(columns) + 1))
+    for key in dict.fromkeys(key for _, _, ratios in columns for key in ratios):
+        found = [ratios.get(key, {}).get(name, []) for _, name, ratios in columns]
+        means = [f"{statistics.geometric_mean(v):.2f}x" if v else "" for v in found]
+        op, dtype, base, impl = key
+        lines.append(f"| {op} | {dtype} | `{base}` | `{impl}` | {' | '.join(means)} | {max(map(len, found))} |")
+    return "\n\n".join([*machines, "\n".join(lines)])
 
 
 def bench_markdown(results: Sequence[dict[str, Any]]) -> str:
