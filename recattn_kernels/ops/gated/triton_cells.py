@@ -16,7 +16,7 @@ from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, n
 @triton.jit
 def squash(c, norm_c):
     """tanh(c), or tanh(LN(c)) of whole rows, norm_c: weight, bias, units, count. And what it normalised, rstd."""
-    normed, rstd = c, None
+    normed, rstd = c, c  # without norm_c nobody reads them, but Triton 3.6 returns no None beside tiles
     if norm_c is not None:
         weight, bias, units, count = norm_c
         tiles, rstd = normalise((c,), units, count)
