@@ -139,6 +139,8 @@ def interpreting() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
+# A graph is compiled anew where torch's setting has changed: it guards on it.
+@torch.compiler.assume_constant_result
 def allows_tf32() -> bool:
     """Whether torch multiplies float32 matrices on a GPU as TF32."""
     matmul = torch.backends.cuda.matmul

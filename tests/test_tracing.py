@@ -79,6 +79,19 @@ def test_compiled_code_follows_use_backend(spec: OpSpec) -> None:
     compiled(*args, **kwargs)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_follows_the_precision_of_products() -> None:
+    """What slot_attention asks on a GPU while it is traced: how torch multiplies float32 there."""
+    compiled = torch.compile(lambda x: x + backends.allows_tf32(), fullgraph=True, backend="eager")
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, allowed in (("highest", 0.0), ("high", 1.0)):
+            torch.set_float32_matmul_precision(precision)
+            assert compiled(torch.zeros(())).item() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Module(torch.nn.Module):
     """The op behind a trainable scale."""
 
