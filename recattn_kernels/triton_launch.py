@@ -90,14 +90,16 @@ class Launch:
         return self.kernel[self.grid](**(self.args | moved), **self.options("hip" if torch.version.hip else "cuda"))
 
     def first_step(self) -> Callable[[int], Any]:
-        """Launches with i = 0, and returns what launches with any i after it."""
+        """Launches with i = 0, and returns what launches with any i after it, while the tensors live."""
         compiled = self.run(i=0)
         if not isinstance(compiled, CompiledKernel):  # nothing is compiled in the interpreter
             return lambda i: self.run(i=i)
         # As kernel() does not specialise on i, this is the code that run() would find again for every i. It takes all
         # of the parameters in order, and launches on torch's current stream.
         again = compiled[(*self.grid, 1, 1)[:3]]
-        values = [self.args[name] for name in self.kernel.arg_names]
+        # Addresses: Triton would ask every tensor for its own, and the driver about that, in every step.
+        given = (self.args[name] for name in self.kernel.arg_names)
+        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
         before = self.kernel.arg_names.index("i")
         head, tail = values[:before], values[before + 1 :]
         return lambda i: again(*head, i, *tail)
