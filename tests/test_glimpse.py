@@ -192,6 +192,20 @@ def test_bytes_are_read_as_they_are() -> None:
     assert torch.equal(sixteen, out.bfloat16())
 
 
+def test_bytes_give_float32(backend: str) -> None:
+    """Whatever the dtype of loc; float64 is asked for by dtype."""
+    image = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    loc = (torch.rand(2, 3, 2, dtype=torch.float64) * 2 - 1).requires_grad_()
+    out = glimpse(image, loc, 9, scales=3, backend=backend)
+    assert out.dtype == torch.float32
+    exact = glimpse(image, loc, 9, scales=3, dtype=torch.float64, backend=backend)
+    torch.testing.assert_close(exact, glimpse(image.double(), loc, 9, scales=3, backend=backend))
+    torch.testing.assert_close(out, exact.float())
+    flow = torch.randn_like(out)
+    (grad,), (grad_exact,) = (torch.autograd.grad(o, loc, flow.to(o.dtype)) for o in (out, exact))
+    torch.testing.assert_close(grad, grad_exact)
+
+
 def test_layouts_do_not_matter(backend: str) -> None:
     image, loc = torch.randn(2, 3, 20, 30), torch.rand(2, 2, 2) * 2 - 1
     plain = glimpse(image, loc, 6, scales=2, backend=backend)

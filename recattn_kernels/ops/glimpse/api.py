@@ -109,7 +109,7 @@ def normalise(
     checks.choice("glimpse", "padding", padding, PADDINGS)
     checks.choice("glimpse", "coords", coords, COORDS)
     if dtype is None:
-        dtype = loc.dtype if image.dtype == torch.uint8 else image.dtype
+        dtype = torch.float32 if image.dtype == torch.uint8 else image.dtype
     elif dtype not in checks.FLOATING:
         raise TypeError(f"glimpse: dtype must be float64 or float32 or bfloat16 or float16, got {dtype}")
     if padding != "zeros" and (H == 0 or W == 0):
@@ -157,7 +157,8 @@ def glimpse(
     Args:
         image: (B, C, H, W), of any strides; float64, float32, bfloat16, float16 or uint8.
         loc: (B, 2), one glimpse per image, or (B, G, 2): the centres as x, y, where -1 and 1 are the outer edges of the
-            image (align_corners=False). float32, or float64 beside a float64 image. Points outside are allowed.
+            image (align_corners=False). float32, float64 beside a float64 image, either beside uint8. Points outside
+            are allowed.
         size: cells of a glimpse: an int, or (gh, gw).
         scales: S, how many windows are taken around each point.
         scale_factor: by how much each window is larger than the one before.
@@ -168,7 +169,7 @@ def glimpse(
             (extract_glimpse, centered and normalized, without noise) takes one scale.
         padding: what is around the image: "zeros", "border" or "reflect", as in F.grid_sample with align_corners=False.
         coords: "xy", or "yx" where loc has y first.
-        dtype: of the result: by default the image's; of a uint8 image loc's, with values from 0 to 255.
+        dtype: of the result: by default the image's; of a uint8 image float32, with values from 0 to 255.
         backend: auto, reference, cpp or triton; None takes that of use_backend(), else of RECATTN_BACKEND.
 
     Returns: (B, S, C, gh, gw), or (B, G, S, C, gh, gw) where loc has G. A glimpse whose loc is not finite, or whose
