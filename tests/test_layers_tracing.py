@@ -1,4 +1,4 @@
-"""Every layer as torch.fx, torch.jit.trace and torch.export take it down."""
+"""Every layer as torch.fx, torch.jit and torch.export take it down."""
 
 from __future__ import annotations
 
@@ -43,6 +43,30 @@ def test_jit_trace(case: Case) -> None:
             torch.manual_seed(0)
             results.append(tensors(run_layer(*others)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_layer
+def test_jit_script_is_refused(case: Case) -> None:
+    layer = case.make()
+    model = nn.Sequential(nn.Identity(), layer)
+    instead = ", or script what to_torch" if hasattr(layer, "to_torch") else "$"
+    for scripted in (layer, model):
+        message = rf"^{type(layer).__name__}: torch\.jit\.script cannot compile this layer: .*trace{instead}"
+        with pytest.raises(TypeError, match=message):
+            torch.jit.script(scripted)
+    assert model[1] is layer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_of_what_was_unpatched() -> None:
+    model = nn.Sequential(nn.GRU(D, H))
+    rk.patch_model(model)
+    with pytest.raises(TypeError, match=r"^GRU: torch\.jit\.script"):
+        torch.jit.script(model)
+    rk.unpatch_model(model)
+    x = torch.randn(3, 2, D)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["RecurrentAttention", "AttentionLSTMCell"])

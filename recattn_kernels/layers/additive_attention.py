@@ -12,7 +12,7 @@ from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import LSTMCell
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
-from recattn_kernels.layers.tracing import Proxy, leaf, savable
+from recattn_kernels.layers.tracing import Proxy, leaf, savable, unscriptable
 from recattn_kernels.ops.additive_attention.api import additive_attention
 from recattn_kernels.ops.additive_attention.contract import ACTIVATIONS
 from recattn_kernels.ops.gated.api import pair
@@ -55,6 +55,8 @@ class AdditiveAttention(nn.Module):
 
     Sources: see :func:`recattn_kernels.additive_attention`.
     """
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,
@@ -182,6 +184,8 @@ class AttentionLSTMCell(nn.Module):
 
     Source: Xu et al., "Show, attend and tell", ICML 2015, arXiv:1502.03044, sections 3.1.2 and 4.2.1.
     """
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

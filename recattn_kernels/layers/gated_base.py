@@ -15,6 +15,7 @@ from recattn_kernels.layers.lstmp import lstmp
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded
 from recattn_kernels.layers.projection import project
+from recattn_kernels.layers.tracing import unscriptable
 from recattn_kernels.ops import sequence
 from recattn_kernels.ops.gated.api import pair
 from recattn_kernels.ops.gru.api import gru
@@ -50,6 +51,8 @@ class Gated(nn.Module):
     hidden_size: int
     bias: bool
     dropout: float = 0.0  # of a layer: cells have none
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.options import changed_options
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, unscriptable
 from recattn_kernels.ops.glimpse.api import glimpse
 from recattn_kernels.ops.glimpse.contract import COORDS, MODES, PADDINGS
 
@@ -58,6 +58,8 @@ class GlimpseSensor(nn.Module):
 
     Source: Mnih et al., "Recurrent Models of Visual Attention", NIPS 2014.
     """
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,
@@ -143,6 +145,8 @@ class GlimpseNetwork(nn.Module):
     Sources: Mnih et al., "Recurrent Models of Visual Attention", NIPS 2014; Ba et al., "Multiple Object Recognition
     with Visual Attention", ICLR 2015, arXiv:1412.7755.
     """
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

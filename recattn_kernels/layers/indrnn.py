@@ -23,7 +23,7 @@ from recattn_kernels.layers.indrnn_cell import (
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded, check_reset, permute
 from recattn_kernels.layers.projection import project
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, unscriptable
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -89,6 +89,8 @@ class IndRNN(nn.Module):
     Source: Li et al., "Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper RNN", CVPR 2018,
     arXiv:1803.04831; residual: Li et al., "Deep Independently Recurrent Neural Network (IndRNN)", arXiv:1910.06251.
     """
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, projected_dtype
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.projection import project
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, unscriptable
 from recattn_kernels.ops.indrnn.api import indrnn
 from recattn_kernels.ops.indrnn.contract import ACTIVATIONS
 
@@ -81,6 +81,8 @@ class IndRNNCell(nn.Module):
     """
 
     bias: nn.Parameter | None
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

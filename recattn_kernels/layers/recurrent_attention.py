@@ -14,7 +14,7 @@ from recattn_kernels.layers.autocast import autocasts
 from recattn_kernels.layers.gated_cell import LSTMCell, RNNCell
 from recattn_kernels.layers.glimpse import COMBINATIONS, GlimpseNetwork, height_and_width
 from recattn_kernels.layers.options import changed_options, from_generator
-from recattn_kernels.layers.tracing import Proxy, leaf, savable
+from recattn_kernels.layers.tracing import Proxy, leaf, savable, unscriptable
 from recattn_kernels.ops.glimpse.api import glimpse as take_glimpse
 from recattn_kernels.ops.glimpse.contract import IMAGE_DTYPES
 
@@ -134,6 +134,8 @@ class RecurrentAttention(nn.Module):
     """
 
     reinforce_loss = staticmethod(reinforce_loss)
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

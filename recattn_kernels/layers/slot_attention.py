@@ -16,7 +16,7 @@ from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention_over, is_plain, linear
 from recattn_kernels.layers.slot_attention_iterations import Masks, fused
-from recattn_kernels.layers.tracing import Proxy, leaf
+from recattn_kernels.layers.tracing import Proxy, leaf, unscriptable
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
 NAME = "SlotAttention"
@@ -92,6 +92,8 @@ class SlotAttention(nn.Module):
     """
 
     slots_log_sigma: nn.Parameter | None
+
+    __prepare_scriptable__ = unscriptable
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What torch.fx and torch.export need to know of the layers.
+"""What torch.fx, torch.jit.script and torch.export need to know of the layers.
 
 torch.fx: a layer is one node of the graph that symbolic_trace() makes of a model, as torch.nn's are. A Tracer takes the
 modules of torch.nn for leaves, and calls forward of all others on Proxies. Ours asks for shapes and dtypes, which a
@@ -8,7 +8,7 @@ Proxy does not have; so forward gives what the Tracer would have given for a lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import fx, nn
 from torch.utils import _pytree
@@ -37,6 +37,18 @@ def leaf(forward: Callable[..., Result], module: nn.Module, input: Any, *args: A
     given = {key: value for key, value in kwargs.items() if value is not None}
     node: Result = input.tracer.create_proxy("call_module", path, (input, *args), given)
     return node
+
+
+def unscriptable(module: nn.Module) -> NoReturn:
+    """The layers' __prepare_scriptable__, which torch.jit.script() calls on each module of a model before all else.
+
+    It could give torch.nn's layer in ours' place, but torch would put that into the model too, for good.
+    """
+    name = type(module).__name__
+    instead = "take torch.export or torch.jit.trace"
+    if hasattr(module, "to_torch"):
+        instead += ", or script what to_torch() gives"
+    raise TypeError(f"{name}: torch.jit.script cannot compile this layer: {instead}")
 
 
 def savable(cls: Class) -> Class:
