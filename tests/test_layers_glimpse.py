@@ -224,6 +224,24 @@ def test_reinforce_loss(samples: int) -> None:
             reinforce_loss(output, bad)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reinforce_loss_is_computed_in_the_dtype_of_the_baselines(default: torch.dtype, dtype: torch.dtype) -> None:
+    logits, nothing, steps = torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 3, dtype=dtype), torch.tensor([3])
+    baselines = torch.zeros(1, 3, dtype=dtype, requires_grad=True)
+    output = RecurrentAttentionOutput(logits, nothing, nothing, baselines, nothing, steps)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        loss = reinforce_loss(output, torch.tensor([0]), glimpse_cost=0.1)
+    finally:
+        torch.set_default_dtype(before)
+    assert loss.dtype == dtype
+    (grad,) = torch.autograd.grad(loss, baselines)
+    expected = -2 * (1 - 0.1 * torch.tensor([[3, 2, 1]], dtype=dtype))
+    torch.testing.assert_close(grad, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_dtypes_and_autocast() -> None:
     image = make_image(dtype=torch.float32)
     pixels = (255 * image).to(torch.uint8)

@@ -65,7 +65,7 @@ def reinforce_loss(output: RecurrentAttentionOutput, target: Tensor, *, glimpse_
     supervised = F.cross_entropy(logits.to(baselines.dtype).flatten(0, -2), target.flatten())
 
     t = torch.arange(baselines.shape[-1], device=steps.device)
-    left = steps.unsqueeze(-1) - t
+    left = (steps.unsqueeze(-1) - t).to(baselines.dtype)  # an int64 times glimpse_cost has torch's default dtype
     reward = (logits.detach().argmax(-1) == target).to(baselines.dtype).unsqueeze(-1)
     error = torch.where(left > 0, reward - glimpse_cost * left - baselines, 0)
     return supervised + (error.square() - log_probs * error.detach()).sum(-1).mean()
