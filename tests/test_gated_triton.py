@@ -12,6 +12,7 @@ import torch
 from test_conformance import judge
 
 from recattn_kernels import backends, conformance, gru, gru_step, lstm, lstm_step, registry
+from recattn_kernels.spec import Sample
 
 OPS = ("rnn", "lstm", "gru")
 SAMPLES = (
@@ -45,6 +46,30 @@ def test_one_program_holds_the_weights(op: str, monkeypatch: pytest.MonkeyPatch)
     spec = registry.find(op)
     sample = next(s for s in spec.samples if s.name == "everything")
     judge(conformance.compare(spec, sample, "triton", torch.float32))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_launched_without_steps(op: str, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads what is kept of each step would not compile: it is absent."""
+    from recattn_kernels.ops.gated.spec import Samples
+    from recattn_kernels.triton_launch import Launch
+
+    launched: list[Launch] = []
+    monkeypatch.setattr(Launch, "run", lambda self, **moved: launched.append(self))
+    spec, G, B, H = registry.find(op), {"rnn": 1, "lstm": 4, "gru": 3}[op], 2, 5
+    norm = Samples(G, has_c=op == "lstm").layer_norm
+
+    def arguments(generator: torch.Generator) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        x, weight_hh = torch.randn(0, B, G * H), torch.randn(G * H, H)
+        states = [torch.randn(B, H).requires_grad_() for _ in range(2)]
+        options = {"layer_norm": norm(generator, 0, B, H)} if normed else {}
+        state = tuple(states) if op == "lstm" else states[0]
+        return (x.requires_grad_(), weight_hh.requires_grad_(), state), options
+
+    judge(conformance.compare(spec, Sample("no_steps", arguments), "triton", torch.float32))
+    assert launched == []
 
 
 @pytest.mark.interpret

@@ -63,6 +63,8 @@ def holds_weights(call: Call, on: Machine) -> bool:
     An estimate of what is fastest, as nothing has run on a GPU: large batches may be better off with the step kernels,
     whose blocks are larger, from smaller sizes on.
     """
+    if call.sizes[0] == 0:
+        return False  # nor is there anything to launch, with what is kept of no step absent
     chosen, weights = sequence_config(call), weight_bytes(call)
     if call.ln_weight is not None and chosen.rows > FEW_ROWS:
         return False  # the sums of the layer norm's gradients find no registers beside what matrix units are given
