@@ -158,6 +158,11 @@ def _plain_keys(device_type: str) -> tuple[Any, ...]:
     return tuple(keys)
 
 
+def tracing() -> bool:
+    """True in torch.jit.trace, which checks itself by a second trace, without gradients: both have to choose alike."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 

@@ -45,6 +45,26 @@ def test_jit_trace(case: Case) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_layer
+def test_jit_trace_agrees_with_itself(case: Case) -> None:
+    """torch traces once more without gradients, and compares the graphs; what was traced can be trained."""
+    layer = case.make().eval()
+    inputs = inputs_of(case, layer)
+    traced = torch.jit.trace(layer, inputs)
+    parameters = list(layer.parameters())
+    if not parameters:  # a GlimpseSensor
+        return
+    grads = []
+    for run_layer in (traced, layer):
+        torch.manual_seed(0)
+        outputs = [out for out in tensors(run_layer(*inputs)) if out.requires_grad]
+        grads.append(
+            torch.autograd.grad(outputs, parameters, [torch.ones_like(out) for out in outputs], allow_unused=True)
+        )
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @every_layer
 def test_jit_script_is_refused(case: Case) -> None:

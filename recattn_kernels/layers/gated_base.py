@@ -177,7 +177,8 @@ class Gated(nn.Module):
         name = backends.requested(self._vendor.__name__, self.backend)
         if name not in ("auto", "vendor"):
             return name
-        differentiates = torch.is_grad_enabled()
+        tracing = backends.tracing()
+        differentiates = torch.is_grad_enabled() or tracing
         extras = self._extras()
         if extras:  # what makes no difference to this call is no reason to refuse it
             if not self.training and "recurrent_dropout" in extras:
@@ -203,7 +204,7 @@ class Gated(nn.Module):
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
             T, B = 1 if T == 1 else MANY, MANY
         weight_hh = self._weight_hh()  # once: a parametrisation computes it anew each time
-        needs_grad = differentiates and (input.requires_grad or weight_hh.requires_grad)
+        needs_grad = differentiates and not tracing and (input.requires_grad or weight_hh.requires_grad)
         if self.training and self.dropout > 0:
             # torch.nn's kernels draw another mask from the same random numbers, and what checkpoint() first computes
             # without a gradient and then with one has to be the same.

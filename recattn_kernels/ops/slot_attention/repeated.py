@@ -152,7 +152,7 @@ def _defers(backend: str, call: Call) -> bool:
     k, v = call.inputs[1:3]
     joint = call.options[3]
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (k, v))
-    return backend != "reference" and needed and not joint and pays(backend, call)
+    return backend != "reference" and needed and not backends.tracing() and not joint and pays(backend, call)
 
 
 # Beyond it the CPU computes every A anew for longer than it adds up gradients.
