@@ -61,7 +61,6 @@ void write(const Rows& to, int64_t offset, const R* from, int64_t n) {
 
 // exp(x) for x <= 0 as exp_ has it, but 0 far below. On vectors: of a loop with all this compilers make branches.
 inline Vec<float> exp_below(Vec<float> x) {
-  typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
   const auto far = x < -87.0f;
   x = far ? Vec<float>{} - 87.0f : x;
   Vec<float> r;
@@ -69,12 +68,7 @@ inline Vec<float> exp_below(Vec<float> x) {
   Vec<float> p = exp_series(r);
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  Bits bits;
-  memcpy(&bits, &shifted, VECTOR_BYTES);
-  bits = (bits + 127u) << 23;
-  Vec<float> power;
-  memcpy(&power, &bits, VECTOR_BYTES);
-  return far ? Vec<float>{} : p * power;
+  return far ? Vec<float>{} : p * Numbers<Vec<float>>::power_of_2(shifted);
 }
 inline Vec<double> exp_below(Vec<double> x) {
   for (int lane = 0; lane < LANES<double>; ++lane) x[lane] = exp_(x[lane]);

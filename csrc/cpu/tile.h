@@ -31,10 +31,10 @@ constexpr int SUMS = 12;
 constexpr int64_t CHAIN = 64;
 
 // out[r][v] (+)= sum over k of rows[r][k] * weights[k][v], added to what is there unless `first`. out_stride is from one r
-// to the next, v_stride from one v.
-template <int ROWS, int V, class R, class Ahead>
+// to the next, v_stride from one v. ahead: Ahead, or NothingAhead.
+template <int ROWS, int V, class R, class A>
 __attribute__((noinline)) void tile(const R* const* rows, const R* weights, int64_t step, int64_t K, R* out,
-                                    int64_t out_stride, int64_t v_stride, bool first, Ahead& ahead) {
+                                    int64_t out_stride, int64_t v_stride, bool first, A& ahead) {
   const R* row[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) row[r] = rows[r];
@@ -93,9 +93,9 @@ struct Tiles {
   static constexpr int ROWS = SUMS / V < 8 ? SUMS / V : 8;
 
   // n rows in tiles of about equal height, so that none is too low to keep the arithmetic units busy.
-  template <class Ahead>
+  template <class A>
   static void run(const R* const* rows, int64_t n, const R* weights, int64_t step, int64_t K, R* out,
-                  int64_t out_stride, int64_t v_stride, bool first, Ahead& ahead) {
+                  int64_t out_stride, int64_t v_stride, bool first, A& ahead) {
     const int64_t tiles = ceil_div(n, ROWS);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t from = part(n, i, tiles);
@@ -247,9 +247,9 @@ struct Panels {
   }
 
   // The same, with out_stride elements from one row to the next and v_stride from one vector of a row to the next.
-  template <class Ahead>
+  template <class A>
   void product(const R* const* rows, int64_t n, int64_t i, R* out, int64_t out_stride, int64_t v_stride,
-               Ahead& ahead) const {
+               A& ahead) const {
     const int64_t blocks = ceil_div(K, K_BLOCK);
     const R* block[MOST_ROWS];
     for (int64_t number = 0; number < blocks; ++number) {
