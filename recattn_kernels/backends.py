@@ -96,6 +96,13 @@ def extension(name: str) -> ModuleType | str:
     return str(getattr(info, name.strip("_").upper()) or f"the extension {name} is missing, though it was built")
 
 
+@torch.compiler.assume_constant_result
+def cpu_capability() -> str | None:
+    """The instruction set that _cpu dispatches to; None where it has not been built."""
+    module = extension("_cpu")
+    return None if isinstance(module, str) else str(module.capability())
+
+
 @functools.cache
 def triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:

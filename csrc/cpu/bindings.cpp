@@ -22,6 +22,7 @@ const Isa table[] = {
     {"x86-64", true},
     {"avx2", has_v3()},
     {"avx512", has_v4()},
+    {"amx", has_v4() && has_amx()},
 #else
     {"generic", true},
 #endif

@@ -2,8 +2,8 @@
 // of their tensors lie, and how the work is divided over threads.
 #pragma once
 
+#include "panels.h"
 #include "rows.h"
-#include "tile.h"
 #include "workspace.h"
 
 namespace recattn {
@@ -146,6 +146,12 @@ struct Share {
 // for another. Else each thread keeps some panels, and all meet after every step.
 [[maybe_unused]] inline bool rows_apart(const Gated& p, int64_t weight_bytes, int threads) {
   return threads == 1 || (weight_bytes <= (int64_t(1) << 20) && p.B >= 8 * threads);
+}
+
+// Whether the products are of tiles.
+template <class R>
+bool in_tiles(const Gated& p) {
+  return has_tiles<R>() && p.B >= LEAST_TILE_ROWS;
 }
 
 // Where thread i's rows begin, in rows of about equally many steps.

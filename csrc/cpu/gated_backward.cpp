@@ -4,6 +4,8 @@
 // dgates of a step are computed from the tile of the product with those of the step after, unit by unit, so that
 // threads meet once a step. A layer norm needs whole rows: then they meet in between. The gradient of the weights is one
 // product over all steps, after the scan.
+#include <optional>
+
 #include "gated_gradients.h"
 #include "gated_weights.h"
 
@@ -22,22 +24,26 @@ class Backward {
   explicit Backward(const GatedBackward& p)
       : p(p), threads(threads_for(p)), by_rows(p.ln_weight || p.ln_c_weight),
         width(by_rows ? ceil_div(p.H, 64) * 64 : Weights::UNITS), K(BEFORE ? 2 * p.H : G * p.H),
-        direct(p.T * p.B <= DIRECT_ROWS && p.H % Weights::UNITS == 0), groups(least(GROUPS, p.B)),
-        weight_size(direct ? 0 : Weights::size(K, p.H)), second_size(direct || !BEFORE ? 0 : Weights::size(p.H, p.H)),
+        direct(p.T * p.B <= DIRECT_ROWS && p.H % Weights::UNITS == 0), tiles(!direct && in_tiles<R>(p)),
+        groups(least(GROUPS, p.B)), weight_bytes(direct ? 0 : Weights::bytes(K, p.H, tiles)),
+        second_bytes(direct || !BEFORE ? 0 : Weights::bytes(p.H, p.H, tiles)),
+        parts_size(tiles ? Rows<R>::STRIPS * strip_size(K) : 0),
         sums_size(by_rows ? 2 * (G + 1) * p.H : 0), local_size(Workspace::bytes<R>(BUFFERS * width) / sizeof(R)),
-        apart(rows_apart(p, (weight_size + second_size) * sizeof(R), threads)),
-        memory(Workspace::bytes<R>(weight_size) + Workspace::bytes<R>(second_size) + Workspace::bytes<R>(p.H) +
+        apart(rows_apart(p, weight_bytes + second_bytes, threads)),
+        memory(Workspace::bytes<char>(weight_bytes) + Workspace::bytes<char>(second_bytes) + Workspace::bytes<R>(p.H) +
                2 * Workspace::bytes<R>(p.B * p.H) + Workspace::bytes<double>(groups * sums_size) +
-               threads * Workspace::bytes<R>(local_size)),
-        packed(memory.template take<R>(weight_size)), packed_second(memory.template take<R>(second_size)),
+               threads * (Workspace::bytes<R>(local_size) + Workspace::bytes<Bits>(parts_size))),
+        packed(reinterpret_cast<R*>(memory.template take<char>(weight_bytes))),
+        packed_second(reinterpret_cast<R*>(memory.template take<char>(second_bytes))),
         zeros(memory.template take<R>(p.H)), flow_h(own(p.grad_h0, p.B * p.H)), flow_c(own(p.grad_c0, p.B * p.H)),
         sums(memory.template take<double>(groups * sums_size)), scratch(memory.template take<R>(threads * local_size)),
+        parts(memory.template take<Bits>(threads * parts_size)),
         grad_q(p.grad_q ? Sequence{p.grad_q, p.B * G * p.H, G * p.H} : p.grad_x), clip(R(p.grad_clip)),
         split_h(zoneout_h(p)), split_c(zoneout_c(p)) {
     memset(zeros, 0, p.H * sizeof(R));
     const R* w = static_cast<const R*>(p.weight_hh);
-    first = columns(direct ? w : packed, K);
-    second = columns(direct ? w + 2 * p.H * p.H : packed_second, p.H);
+    first = columns(w, K, packed);
+    second = columns(w + 2 * p.H * p.H, p.H, packed_second);
   }
 
   void run() {
@@ -59,12 +65,15 @@ class Backward {
  private:
   R* own(void* wanted, int64_t n) { return wanted ? static_cast<R*>(wanted) : memory.template take<R>(n); }
 
-  Weights columns(const R* weights, int64_t rows) const {
-    return {weights, rows, p.H, direct ? p.H : Weights::UNITS, direct ? Weights::UNITS : rows * Weights::UNITS};
+  Weights columns(const R* weights, int64_t rows, R* memory) const {
+    if (direct) return {weights, 1, p.H, rows, p.H, nullptr, false, p.H, Weights::UNITS};
+    return {weights, 1, p.H, rows, p.H, memory, tiles};
   }
 
   void scan(int64_t thread, int64_t count) {
-    R* const local = scratch + thread * local_size;
+    const Local local = {scratch + thread * local_size, parts + thread * parts_size};
+    std::optional<TileUnits> units;
+    if (tiles) units.emplace();
     // Sums over rows are those of whole groups of rows, so that they do not depend on the number of threads.
     const auto rows = [&](int64_t i) {
       return by_rows ? part(p.B, part(groups, i, count), groups) : rows_from(p, i, count);
@@ -75,10 +84,10 @@ class Backward {
       sums[i] = 0;
     }
     const int64_t panel0 = part(first.count(), thread, count), panel1 = part(first.count(), thread + 1, count);
-    if (!direct) {
-      const R* w = static_cast<const R*>(p.weight_hh);
-      Weights::pack_columns(w, K, p.H, packed, panel0, panel1);
-      if (BEFORE) Weights::pack_columns(w + 2 * p.H * p.H, p.H, p.H, packed_second, panel0, panel1);
+    if constexpr (BEFORE) {
+      pack(thread, count, large, zeros, first, second);
+    } else {
+      pack(thread, count, large, zeros, first);
     }
     barrier();
     const Share share = apart ? Share{b0, b1, 0, first.count()} : Share{0, p.B, panel0, panel1};
@@ -92,7 +101,7 @@ class Backward {
       if (by_rows) {
         if (!apart) barrier();
         for (int64_t b = b0; b < b1; ++b) {
-          if (t < steps_of(p, b)) whole_row(t, b, local);
+          if (t < steps_of(p, b)) whole_row(t, b, local.memory);
         }
       }
       if (!apart) barrier();
@@ -113,6 +122,11 @@ class Backward {
     return static_cast<R*>(grad_q.data) + t * grad_q.stride_t + b * grad_q.stride_b;
   }
 
+  struct Local {
+    R* memory;    // BUFFERS rows of `width`
+    Bits* parts;  // of a product's rows
+  };
+
   // later: with dq of the step after t; start: with dq of the first step; reset: gru_before's, with dn of step t.
   enum class Phase { later, start, reset };
 
@@ -130,26 +144,29 @@ class Backward {
   }
 
   template <Phase WHICH>
-  void product(const Weights& weights, int64_t t, const Share& share, R* local) {
-    constexpr int MOST = Weights::MOST_ROWS;
+  void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
+    constexpr int MOST = Rows<R>::MOST;
     alignas(64) R result[MOST * Weights::WIDTH];
-    const R* rows[MOST];
+    NothingAhead nothing;
+    Rows<R> rows;
+    rows.parts = local.parts;
     int64_t b_of[MOST], b = share.b0;
     while (b < share.b1) {
-      int64_t n = 0;
+      int64_t& n = rows.n = 0;
       for (; b < share.b1 && n < MOST; ++b) {
         if (WHICH != Phase::start && t >= steps_of(p, b)) continue;
-        rows[n] = source<WHICH>(t, b);
-        if (rows[n]) {
+        rows.row[n] = source<WHICH>(t, b);
+        if (rows.row[n]) {
           b_of[n++] = b;
         } else {
-          for (int64_t i = share.panel0; i < share.panel1; ++i) finish_panel<WHICH>(t, b, i, nullptr, local);
+          for (int64_t i = share.panel0; i < share.panel1; ++i) finish_panel<WHICH>(t, b, i, nullptr, local.memory);
         }
       }
+      if (weights.tiles) rows.split(weights.K);
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
         for (int64_t r = 0; r < n && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
-        weights.product(rows, n, i, result);
-        for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local);
+        weights.product(rows, i, i + 1, result, Weights::WIDTH, LANES<R>, nothing);
+        for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local.memory);
       }
     }
   }
@@ -346,13 +363,15 @@ class Backward {
   const int threads;
   const bool by_rows;  // whole rows of gates, as layer norm needs
   const int64_t width, K;
-  const bool direct;   // without packing
-  const int64_t groups, weight_size, second_size, sums_size, local_size;
+  const bool direct, tiles;  // without packing; as amx.h has them
+  const int64_t groups, weight_bytes, second_bytes, parts_size, sums_size, local_size;
   const bool apart;
   Workspace memory;
   R *const packed, *const packed_second, *const zeros, *const flow_h, *const flow_c;
   double* const sums;
   R* const scratch;
+  Bits* const parts;
+  std::atomic<bool> large = false;
   const Sequence grad_q;
   const R clip;
   const Zoneout split_h, split_c;

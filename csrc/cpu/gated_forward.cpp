@@ -6,6 +6,8 @@
 // A tile of the product holds every gate of its units: the gates are computed from it while it is in the first-level
 // cache, and no tensor of gates is passed over. A layer norm needs a row's whole product before any gate, and so few
 // rows that packing the weights would not pay are products of their own: there the product goes to memory first.
+#include <optional>
+
 #include "gated_cells.h"
 
 namespace recattn {
@@ -24,23 +26,26 @@ class Forward {
   explicit Forward(const GatedForward& p)
       : p(p), threads(threads_for(p)), direct(!BEFORE && p.T * p.B <= DIRECT_ROWS),
         by_rows(direct || p.ln_weight || p.ln_c_weight), width(by_rows ? ceil_div(p.H, 64) * 64 : 4 * LANES<R>),
-        weight_size(direct ? 0 : First::size(p.H, p.H)), second_size(BEFORE ? Second::size(p.H, p.H) : 0),
-        apart(!direct && rows_apart(p, (weight_size + second_size) * sizeof(R), threads)),
-        memory(Workspace::bytes<R>(weight_size) + Workspace::bytes<R>(second_size) + Workspace::bytes<R>(p.H) +
+        tiles(!direct && in_tiles<R>(p)), weight_bytes(direct ? 0 : First::bytes(p.H, p.H, tiles)),
+        second_bytes(BEFORE ? Second::bytes(p.H, p.H, tiles) : 0), parts_size(tiles ? Rows<R>::STRIPS * strip_size(p.H) : 0),
+        apart(!direct && rows_apart(p, weight_bytes + second_bytes, threads)),
+        memory(Workspace::bytes<char>(weight_bytes) + Workspace::bytes<char>(second_bytes) + Workspace::bytes<R>(p.H) +
                Workspace::bytes<R>(G * p.H) + Workspace::bytes<R>(p.B * p.H) +
                Workspace::bytes<R>(by_rows ? p.B * G * p.H : 0) + Workspace::bytes<R>(BEFORE ? 3 * p.B * p.H : 0) +
-               threads * Workspace::bytes<R>((G + KEPT + 1) * width)),
-        packed(memory.template take<R>(weight_size)), packed_second(memory.template take<R>(second_size)),
+               threads * (Workspace::bytes<R>((G + KEPT + 1) * width) + Workspace::bytes<Bits>(parts_size))),
+        packed(reinterpret_cast<R*>(memory.template take<char>(weight_bytes))),
+        packed_second(reinterpret_cast<R*>(memory.template take<char>(second_bytes))),
         zeros(memory.template take<R>(p.H)), bias(memory.template take<R>(G * p.H)),
         other_h(memory.template take<R>(p.B * p.H)), products(memory.template take<R>(by_rows ? p.B * G * p.H : 0)),
         gates_before(memory.template take<R>(BEFORE ? 2 * p.B * p.H : 0)),
         reset_h(memory.template take<R>(BEFORE ? p.B * p.H : 0)),
         scratch(memory.template take<R>(threads * (Workspace::bytes<R>((G + KEPT + 1) * width) / sizeof(R)))),
-        mix_h(zoneout_h(p)), mix_c(zoneout_c(p)) {
+        parts(memory.template take<Bits>(threads * parts_size)), mix_h(zoneout_h(p)), mix_c(zoneout_c(p)) {
     memset(zeros, 0, p.H * sizeof(R));
     copy_or_zero(bias, p.bias_hh, 0, G * p.H);
-    first = {packed, p.H, p.H, First::WIDTH, p.H * First::WIDTH};
-    second = {packed_second, p.H, p.H, Second::WIDTH, p.H * Second::WIDTH};
+    const R* w = static_cast<const R*>(p.weight_hh);
+    first = {w, p.H, 1, p.H, p.H, packed, tiles};
+    second = {w + 2 * p.H * p.H, p.H, 1, p.H, p.H, packed_second, tiles};
   }
 
   void run() {
@@ -50,17 +55,16 @@ class Forward {
  private:
   void run(int64_t thread, int64_t count) {
     Ahead ahead;
-    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))), ahead};
+    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))),
+                         parts + thread * parts_size, ahead};
+    std::optional<TileUnits> units;
+    if (tiles) units.emplace();
     const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
     for (int64_t b = b0; b < b1; ++b) start_row(b);
-    if (!direct) {
-      const R* w = static_cast<const R*>(p.weight_hh);
-      First::pack_rows(w, p.H, p.H, packed, part(first.count(), thread, count), part(first.count(), thread + 1, count),
-                       zeros);
-      if constexpr (BEFORE) {
-        Second::pack_rows(w + 2 * p.H * p.H, p.H, p.H, packed_second, part(second.count(), thread, count),
-                          part(second.count(), thread + 1, count), zeros);
-      }
+    if constexpr (BEFORE) {
+      pack(thread, count, large, zeros, first, second);
+    } else if (!direct) {
+      pack(thread, count, large, zeros, first);
     }
     barrier();
     Share share = {0, p.B, part(first.count(), thread, count), part(first.count(), thread + 1, count)};
@@ -88,7 +92,8 @@ class Forward {
   }
 
   struct Local {
-    R* memory;  // (G + KEPT + 1) rows of `width`
+    R* memory;    // (G + KEPT + 1) rows of `width`
+    Bits* parts;  // of a product's rows
     Ahead& ahead;
   };
 
@@ -123,20 +128,22 @@ class Forward {
   template <bool SECOND, class Weights>
   void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
     // Two panels at once where one is as wide as a vector: a line of the cache is half of what memory brings.
-    constexpr int MOST = Weights::MOST_ROWS, PANELS = Weights::GROUPS == 1 ? 2 : 1;
+    constexpr int MOST = Rows<R>::MOST, PANELS = Weights::GROUPS == 1 ? 2 : 1;
     constexpr int64_t UNITS = PANELS * Weights::UNITS, WIDTH = PANELS * Weights::WIDTH;
     constexpr int64_t V_STRIDE = PANELS * LANES<R>;
     alignas(64) R sums[MOST * WIDTH];
-    const R* rows[MOST];
+    Rows<R> rows;
+    rows.parts = local.parts;
     int64_t b_of[MOST], b = share.b0;
     while (b < share.b1) {
       const int64_t b_first = b;
-      int64_t n = 0;
+      int64_t& n = rows.n = 0;
       for (; b < share.b1 && n < MOST; ++b) {
         if (t >= steps_of(p, b)) continue;
-        rows[n] = SECOND ? reset_h + b * p.H : h_before(t, b);
+        rows.row[n] = SECOND ? reset_h + b * p.H : h_before(t, b);
         b_of[n++] = b;
       }
+      if (weights.tiles) rows.split(p.H);
       for (int64_t i = share.panel0; i < share.panel1 && n > 0; i += PANELS) {
         const int64_t j = i * Weights::UNITS, end = least(i + PANELS, share.panel1);
         const int64_t units = least(end * Weights::UNITS, p.H) - j;
@@ -147,9 +154,7 @@ class Forward {
         } else {
           look_ahead(p.reverse ? t - 1 : t + 1, b_first, b, share.panel0 * Weights::UNITS, UNITS, local.ahead);
         }
-        for (int64_t panel = i; panel < end; ++panel) {
-          weights.product(rows, n, panel, sums + (panel - i) * LANES<R>, WIDTH, V_STRIDE, local.ahead);
-        }
+        weights.product(rows, i, end, sums, WIDTH, V_STRIDE, local.ahead);
         for (int64_t r = 0; r < n; ++r) {
           const R* q = sums + r * WIDTH;
           if (units == UNITS) {
@@ -334,11 +339,15 @@ class Forward {
   const GatedForward& p;
   const int threads;
   const bool direct, by_rows;  // without packing; whole rows of gates
-  const int64_t width, weight_size, second_size;
+  const int64_t width;
+  const bool tiles;
+  const int64_t weight_bytes, second_bytes, parts_size;
   const bool apart;
   Workspace memory;
   R *const packed, *const packed_second, *const zeros, *const bias, *const other_h, *const products,
       *const gates_before, *const reset_h, *const scratch;
+  Bits* const parts;
+  std::atomic<bool> large = false;
   const Zoneout mix_h, mix_c;
   First first;
   Second second;

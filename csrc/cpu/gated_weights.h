@@ -2,8 +2,8 @@
 // and with it dL/dbias_hh[m] = sum of grad_q[t, b, m].
 //
 // Steps and rows come in blocks: of each, h is packed by all threads in panels as wide as a tile, and grad_q,
-// transposed, by the thread whose rows m of the result it makes. Every element is summed in the order of the steps by
-// one thread: the result does not depend on their number.
+// transposed, by the thread whose rows m of the result it makes; for amx.h's units both are split into parts. Every
+// element is summed in the order of the steps by one thread: the result does not depend on their number.
 #pragma once
 
 #include "gated.h"
@@ -25,18 +25,23 @@ struct Term {
 template <class R, class Terms>
 class WeightProduct {
   using Packed = Panels<1, R>;
-  static constexpr int64_t BLOCK = 256, CHUNK = 96;
-  static constexpr int LANE = LANES<R>;
+  static constexpr int64_t STEPS = 256, CHUNK = 96;  // terms of a block; rows of the result
+  static constexpr int LANE = LANES<R>, V = Packed::V, UNITS = Packed::UNITS;
 
  public:
   // M columns of the gradients, N of the states. to: (M, N), or null; sums: (M,), or null.
   WeightProduct(const Terms& terms, Dtype dtype, int64_t M, int64_t N, R* to, R* sums, int threads)
       : terms(terms), dtype(dtype), M(M), N(N), to(to), sums(sums), threads(threads),
-        panels(ceil_div(N, Packed::UNITS)),
-        memory(Workspace::bytes<R>(2 * panels * BLOCK * Packed::UNITS) + Workspace::bytes<double>(M) +
-               threads * Workspace::bytes<R>((CHUNK + LANE) * BLOCK)),
-        states(memory.template take<R>(2 * panels * BLOCK * Packed::UNITS)), totals(memory.template take<double>(M)),
-        grads(memory.template take<R>(threads * (CHUNK + LANE) * BLOCK)) {}
+        panels(ceil_div(N, UNITS)),
+        state_parts(has_tiles<R>() && to ? V * strip_size(STEPS) : 0),
+        grad_parts(has_tiles<R>() && to ? CHUNK / TILE_ROWS * strip_size(STEPS) : 0),
+        memory(Workspace::bytes<R>(2 * panels * STEPS * UNITS) + Workspace::bytes<double>(M) +
+               threads * Workspace::bytes<R>((CHUNK + LANE) * STEPS) + Workspace::bytes<bool>(2 * panels) +
+               Workspace::bytes<Bits>(2 * panels * state_parts) + threads * Workspace::bytes<Bits>(grad_parts)),
+        states(memory.template take<R>(2 * panels * STEPS * UNITS)), totals(memory.template take<double>(M)),
+        grads(memory.template take<R>(threads * (CHUNK + LANE) * STEPS)),
+        in_parts(memory.template take<bool>(2 * panels)), parts(memory.template take<Bits>(2 * panels * state_parts)),
+        left(memory.template take<Bits>(threads * grad_parts)) {}
 
   void run() {
     on_threads(threads, [this](int64_t thread, int64_t count) { run(thread, count); });
@@ -49,22 +54,26 @@ class WeightProduct {
     const int64_t m0 = least(M, 16 * part(lines, thread, count)), m1 = least(M, 16 * part(lines, thread + 1, count));
     for (int64_t m = m0; m < m1; ++m) totals[m] = 0;
     typename Terms::Position position;
-    Term<R> block[BLOCK];
+    Term<R> block[STEPS];
+    std::optional<TileUnits> units;
+    if (has_tiles<R>()) units.emplace();
     bool first = true;
     for (int64_t number = 0;; ++number) {
       int64_t K = 0;
-      while (K < BLOCK && terms.next(position, block[K])) ++K;
+      while (K < STEPS && terms.next(position, block[K])) ++K;
       if (K == 0) break;
       // Two blocks in turn: a thread that is done packs the next one while others still read this one.
-      R* const packed = states + number % 2 * panels * BLOCK * Packed::UNITS;
+      const int64_t turn = number % 2 * panels;
       if (to) {
         for (int64_t i = part(panels, thread, count); i < part(panels, thread + 1, count); ++i) {
-          pack_states(block, K, i, packed + i * K * Packed::UNITS);
+          R* const panel = states + (turn + i) * STEPS * UNITS;
+          pack_states(block, K, i, panel);
+          in_parts[turn + i] = has_tiles<R>() && split_states(panel, K, parts + (turn + i) * state_parts);
         }
         barrier();
       }
       for (int64_t m = m0; m < m1; m += CHUNK) {
-        multiply(block, K, packed, m, least(CHUNK, m1 - m), first, grads + thread * (CHUNK + LANE) * BLOCK);
+        multiply(block, K, turn, m, least(CHUNK, m1 - m), first, thread);
       }
       first = false;
     }
@@ -75,18 +84,18 @@ class WeightProduct {
   }
 
   void pack_states(const Term<R>* block, int64_t K, int64_t panel, R* packed) const {
-    const int64_t j = panel * Packed::UNITS, n = least(Packed::UNITS, N - j);
-    for (int64_t k = 0; k < K; ++k, packed += Packed::UNITS) {
+    const int64_t j = panel * UNITS, n = least(UNITS, N - j);
+    for (int64_t k = 0; k < K; ++k, packed += UNITS) {
       const Term<R>& term = block[k];
       if (term.wide) {
-        Packed::copy_padded(packed, static_cast<const R*>(term.state) + j, n);
+        copy_padded(packed, static_cast<const R*>(term.state) + j, n);
       } else {
         const void* from = static_cast<const char*>(term.state) + j * size_of(dtype);
         const R* row = widened(dtype, from, packed, n);
         if (row == packed) {
-          memset(packed + n, 0, (Packed::UNITS - n) * sizeof(R));
+          memset(packed + n, 0, (UNITS - n) * sizeof(R));
         } else {
-          Packed::copy_padded(packed, row, n);
+          copy_padded(packed, row, n);
         }
       }
       if (term.times) {
@@ -95,14 +104,25 @@ class WeightProduct {
     }
   }
 
+  bool split_states(const R* panel, int64_t K, Bits* strips) const {
+    bool whole = true;
+    if constexpr (std::is_same_v<R, float>) {
+      for (int v = 0; v < V; ++v, strips += strip_size(K)) {
+        whole &= split_across<true>(panel + v * LANE, UNITS, LANE, K, strips);
+      }
+    }
+    return whole;
+  }
+
   // Rows m to m + height of the result.
-  void multiply(const Term<R>* block, int64_t K, const R* packed, int64_t m, int64_t height, bool first, R* columns) {
+  void multiply(const Term<R>* block, int64_t K, int64_t turn, int64_t m, int64_t height, bool first, int64_t thread) {
     // Transposed: columns[i][k] = grad_q of term k at m + i.
+    R* const columns = grads + thread * (CHUNK + LANE) * STEPS;
     for (int64_t k = 0; k < K; k += LANE) {
       const int64_t depth = least(LANE, K - k);
       const R* rows[LANE];
       for (int64_t i = 0; i < LANE; ++i) rows[i] = block[k + (i < depth ? i : 0)].grad + m;
-      transpose(rows, height, columns + k, BLOCK);
+      transpose(rows, height, columns + k, STEPS);
       if (sums) {
         double* total = totals + m;
         for (int64_t l = 0; l < depth; ++l) {
@@ -112,21 +132,45 @@ class WeightProduct {
     }
     if (!to) return;
     const R* rows[CHUNK];
-    for (int64_t i = 0; i < height; ++i) rows[i] = columns + i * BLOCK;
+    for (int64_t i = 0; i < height; ++i) rows[i] = columns + i * STEPS;
+    Bits* const strips = left + thread * grad_parts;
+    bool split = has_tiles<R>();
+    for (int64_t i = 0; i < height && split; i += TILE_ROWS) {
+      if constexpr (std::is_same_v<R, float>) {
+        split = split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strips + i / TILE_ROWS * strip_size(K));
+      }
+    }
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t j = panel * Packed::UNITS, n = least(Packed::UNITS, N - j);
-      const R* weights = packed + panel * K * Packed::UNITS;
-      if (n == Packed::UNITS) {
-        Tiles<Packed::V, R>::run(rows, height, weights, Packed::UNITS, K, to + m * N + j, N, first);
+      const int64_t j = panel * UNITS, n = least(UNITS, N - j);
+      const R* weights = states + (turn + panel) * STEPS * UNITS;
+      const bool tiles = split && in_parts[turn + panel];
+      if (n == UNITS && !tiles) {
+        Tiles<V, R>::run(rows, height, weights, UNITS, K, to + m * N + j, N, first);
         continue;
       }
-      alignas(64) R edge[CHUNK * Packed::UNITS];
-      Tiles<Packed::V, R>::run(rows, height, weights, Packed::UNITS, K, edge, Packed::UNITS, true);
+      alignas(64) R edge[CHUNK * UNITS];
+      if (!tiles) {
+        Tiles<V, R>::run(rows, height, weights, UNITS, K, edge, UNITS, true);
+      } else if constexpr (std::is_same_v<R, float>) {
+        NothingAhead nothing;
+        const Bits* right = parts + (turn + panel) * state_parts;
+        multiply_strips(strips, height, K, V, [&](int64_t v) { return right + v * strip_size(K); },
+                        [&](int64_t v) { return edge + v * LANE; }, UNITS, nothing);
+      }
       for (int64_t i = 0; i < height; ++i) {
         R* row = to + (m + i) * N + j;
-        const R* sum = edge + i * Packed::UNITS;
+        const R* sum = edge + i * UNITS;
         for (int64_t l = 0; l < n; ++l) row[l] = first ? sum[l] : row[l] + sum[l];
       }
+    }
+  }
+
+  static void copy_padded(R* to, const R* from, int64_t n) {
+    if (n == UNITS) {
+      memcpy(to, from, UNITS * sizeof(R));
+    } else {
+      memcpy(to, from, n * sizeof(R));
+      memset(to + n, 0, (UNITS - n) * sizeof(R));
     }
   }
 
@@ -135,11 +179,13 @@ class WeightProduct {
   const int64_t M, N;
   R *const to, *const sums;
   const int threads;
-  const int64_t panels;
+  const int64_t panels, state_parts, grad_parts;
   Workspace memory;
   R* const states;
   double* const totals;
   R* const grads;
+  bool* const in_parts;
+  Bits *const parts, *const left;
 };
 
 }  // namespace

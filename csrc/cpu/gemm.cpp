@@ -4,11 +4,9 @@
 // operands are packed into panels that it reads one element after the other: a panel of B stays in the first-level
 // cache, a block of panels of A in the second, and all of B, or as much as fits, in the third. Each element of C sums
 // its blocks of KC products in their order, so the result does not depend on the number of threads, and the error
-// grows with KC + K / KC, not K. Where A has few rows the product costs no more than reading B, and B is not packed;
+// grows with KC + K / KC, not K. Units that multiply tiles (amx.h) do the same with strips. Where A has few rows the product costs no more than reading B, and B is not packed;
 // where it has few columns, no more than writing C.
-#include <new>
-
-#include "gemm_tile.h"
+#include "gemm_amx.h"
 #include "kernels.h"
 
 namespace recattn {
@@ -22,32 +20,6 @@ constexpr int64_t NC = 4096;
 constexpr int64_t PACKED_B = int64_t(8) << 20;  // bytes
 constexpr int64_t FEW_ROWS = 8, FEW_PRODUCTS = 2;
 constexpr int64_t STRIP = 256;  // columns
-
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-template <class T> struct Product {
-  int64_t M, N, K;
-  Matrix<T> a, b;
-  T* c;
-  int64_t c_row;
-  const T* bias;  // (N,) or null
-  int threads;
-
-  // What the products from k on of C[i, j...] are added to: the bias at first, for C may hold anything.
-  const T* base(int64_t i, int64_t j, int64_t k) const { return k > 0 ? c + i * c_row + j : bias ? bias + j : nullptr; }
-  int64_t base_row(int64_t k) const { return k > 0 ? c_row : 0; }
-};
-
-// Memory for n elements.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(64)))) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { operator delete(data, std::align_val_t(64)); }
-  T* const data;
-};
 
 template <class T>
 void packed_product(const Product<T>& p) {
@@ -222,7 +194,12 @@ void product(const Product<T>& p) {
   if (few_rows && p.b.row == 1) return few_rows_by_columns(p);
   if (few_rows && p.b.col == 1) return few_rows_by_rows(p);
   if (p.K <= FEW_PRODUCTS) return few_products(p);
-  if (!few_columns || (p.a.row != 1 && p.a.col != 1)) return packed_product(p);
+  if (!few_columns || (p.a.row != 1 && p.a.col != 1)) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (product_in_tiles(p)) return;
+    }
+    return packed_product(p);
+  }
   // Few columns of B are few rows of it, transposed.
   const Scratch<T> c(p.M * p.N);
   product<T>({p.N, p.M, p.K, p.b.transposed(), p.a.transposed(), c.data, p.M, nullptr, p.threads});

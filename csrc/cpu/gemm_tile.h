@@ -1,6 +1,7 @@
 // The tiles of gemm.cpp: panels of A and of B, packed in the order in which a tile of C reads them, and their product.
 #pragma once
 
+#include <new>
 #include <utility>
 
 #include "vector.h"
@@ -20,6 +21,32 @@ template <class T> struct Matrix {
   const T* at(int64_t i, int64_t j) const { return data + i * row + j * col; }
   Matrix from(int64_t i, int64_t j) const { return {at(i, j), row, col}; }
   Matrix transposed() const { return {data, col, row}; }
+};
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T> struct Product {
+  int64_t M, N, K;
+  Matrix<T> a, b;
+  T* c;
+  int64_t c_row;
+  const T* bias;  // (N,) or null
+  int threads;
+
+  // What the products from k on of C[i, j...] are added to: the bias at first, for C may hold anything.
+  const T* base(int64_t i, int64_t j, int64_t k) const { return k > 0 ? c + i * c_row + j : bias ? bias + j : nullptr; }
+  int64_t base_row(int64_t k) const { return k > 0 ? c_row : 0; }
+};
+
+// Memory for n elements.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(64)))) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { operator delete(data, std::align_val_t(64)); }
+  T* const data;
 };
 
 // The lanes that two vectors together have after one instruction, first or second of two.

@@ -12,6 +12,9 @@ namespace isa {
 // The chosen instruction set, as its place in the tables of RECATTN_RUN: the widest that the machine has, until
 // set_capability() of Python takes another.
 int current();
+
+// That of x86-64-v4 whose kernels multiply with the units of amx.h too.
+constexpr int AMX = 3;
 }  // namespace isa
 
 // RECATTN_DECLARE(name, P): void name(const P&), in each namespace. RECATTN_RUN(name, p): the chosen copy of it.
@@ -20,7 +23,7 @@ int current();
   namespace isa_base { void name(const P&); } \
   namespace isa_v3 { void name(const P&); }   \
   namespace isa_v4 { void name(const P&); }
-#define RECATTN_COPIES(name) {isa_base::name, isa_v3::name, isa_v4::name}
+#define RECATTN_COPIES(name) {isa_base::name, isa_v3::name, isa_v4::name, isa_v4::name}
 #else
 #define RECATTN_DECLARE(name, P) \
   namespace isa_base { void name(const P&); }

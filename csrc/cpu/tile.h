@@ -1,7 +1,7 @@
 // Products of a few rows with a panel of packed weights: where the time of the recurrent kernels goes.
 //
-// A panel is V vectors wide, gates or neighbouring columns, and lies in memory in the order in which the product reads
-// it, [k][vector][lane]. The sums of a tile, ROWS x V vectors, stay in registers over all k.
+// A panel is V vectors wide, and lies in memory in the order in which the product reads it, [k][vector][lane]. The sums
+// of a tile, ROWS x V vectors, stay in registers over all k.
 #pragma once
 
 #include "ahead.h"
@@ -195,73 +195,6 @@ void transpose(const R* const* rows, int64_t n, R* to, int64_t stride) {
     for (int lane = 0; lane < N; ++lane) to[k * stride + lane] = rows[lane][k];
   }
 }
-
-// The weights of a product, packed: for G gates of `units` outputs each, panels of all the gates of UNITS outputs.
-template <int G, class R>
-struct Panels {
-  static constexpr int GROUPS = G == 3 ? 1 : 4 / G, V = G * GROUPS, WIDTH = V * LANES<R>, UNITS = GROUPS * LANES<R>;
-
-  const R* weights = nullptr;
-  int64_t K = 0, units = 0;
-  int64_t step = 0, panel = 0;  // from one k, and from one panel, to the next, in elements
-
-  int64_t count() const { return ceil_div(units, UNITS); }
-  static int64_t size(int64_t K, int64_t units) { return ceil_div(units, UNITS) * K * WIDTH; }
-
-  // sum over k of row[k] * from[(gate * units + unit) * K + k], panels begin to end of it.
-  static void pack_rows(const R* from, int64_t K, int64_t units, R* to, int64_t begin, int64_t end, const R* zeros) {
-    for (int64_t i = begin * V; i < end * V; ++i) {
-      const int64_t v = i % V, unit = i / V * UNITS + v % GROUPS * LANES<R>;
-      const R* rows[LANES<R>];
-      for (int lane = 0; lane < LANES<R>; ++lane) {
-        rows[lane] = unit + lane < units ? from + (v / GROUPS * units + unit + lane) * K : zeros;
-      }
-      transpose(rows, K, to + i / V * K * WIDTH + v * LANES<R>, WIDTH);
-    }
-  }
-
-  // sum over k of row[k] * from[k * units + unit], for G = 1.
-  static void pack_columns(const R* from, int64_t K, int64_t units, R* to, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = least(UNITS, units - i * UNITS);
-      for (int64_t k = 0; k < K; ++k) copy_padded(to + (i * K + k) * UNITS, from + k * units + i * UNITS, n);
-    }
-  }
-
-  static void copy_padded(R* to, const R* from, int64_t n) {
-    if (n == UNITS) {
-      memcpy(to, from, UNITS * sizeof(R));
-    } else {
-      memcpy(to, from, n * sizeof(R));
-      memset(to + n, 0, (UNITS - n) * sizeof(R));
-    }
-  }
-
-  // Rows and this many k of a panel stay in the second-level cache while the rows' tiles go over them.
-  static constexpr int64_t K_BLOCK = 512;
-
-  // out[r][gate][unit of panel i], WIDTH elements a row, for n rows.
-  void product(const R* const* rows, int64_t n, int64_t i, R* out) const {
-    NothingAhead nothing;
-    product(rows, n, i, out, WIDTH, LANES<R>, nothing);
-  }
-
-  // The same, with out_stride elements from one row to the next and v_stride from one vector of a row to the next.
-  template <class A>
-  void product(const R* const* rows, int64_t n, int64_t i, R* out, int64_t out_stride, int64_t v_stride,
-               A& ahead) const {
-    const int64_t blocks = ceil_div(K, K_BLOCK);
-    const R* block[MOST_ROWS];
-    for (int64_t number = 0; number < blocks; ++number) {
-      const int64_t k0 = part(K, number, blocks), k1 = part(K, number + 1, blocks);
-      for (int64_t r = 0; r < n; ++r) block[r] = rows[r] + k0;
-      Tiles<V, R>::run(block, n, weights + i * panel + k0 * step, step, k1 - k0, out, out_stride, v_stride, number == 0,
-                       ahead);
-    }
-  }
-
-  static constexpr int MOST_ROWS = 64;
-};
 
 }  // namespace
 }  // namespace RECATTN_ISA

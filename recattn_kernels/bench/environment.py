@@ -35,12 +35,6 @@ def cpu_model() -> str:
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 
-def cpu_capability() -> str | None:
-    """The instruction set that _cpu dispatches to; None where it has not been built."""
-    module = backends.extension("_cpu")
-    return None if isinstance(module, str) else str(module.capability())
-
-
 def triton_version() -> str | None:
     return None if backends.triton_missing() else str(importlib.import_module("triton").__version__)
 
@@ -76,7 +70,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "capability": cpu_capability(),
+        "capability": backends.cpu_capability(),
         "gpus": gpus(),
     }
 
