@@ -11,10 +11,8 @@
 #include "isa.h"
 #include "tile.h"
 
-#if defined(__AVX512F__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>)
-#define RECATTN_AMX __attribute__((target("avx512bf16,amx-tile,amx-bf16")))
-#endif
+#if defined(RECATTN_HAS_AMX) && defined(__AVX512F__)
+#define RECATTN_AMX __attribute__((target("avx512bf16")))
 #endif
 
 namespace recattn {

@@ -22,7 +22,9 @@ const Isa table[] = {
     {"x86-64", true},
     {"avx2", has_v3()},
     {"avx512", has_v4()},
+#ifdef RECATTN_HAS_AMX
     {"amx", has_v4() && has_amx()},
+#endif
 #else
     {"generic", true},
 #endif

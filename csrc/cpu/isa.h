@@ -15,6 +15,11 @@ int current();
 
 // That of x86-64-v4 whose kernels multiply with the units of amx.h too.
 constexpr int AMX = 3;
+#if defined(__x86_64__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define RECATTN_HAS_AMX
+#endif
+#endif
 }  // namespace isa
 
 // RECATTN_DECLARE(name, P): void name(const P&), in each namespace. RECATTN_RUN(name, p): the chosen copy of it.

@@ -25,7 +25,9 @@ int main() {
 #ifdef __x86_64__
       {"isa_v3", has_v3(), "AVX2, FMA, BMI1, BMI2, F16C, MOVBE and LZCNT", isa_v3::test_cells, 1},
       {"isa_v4", has_v4(), "x86-64-v3 and AVX-512 F, BW, CD, DQ and VL", isa_v4::test_cells, 2},
+#ifdef RECATTN_HAS_AMX
       {"isa_v4 with AMX", has_v4() && has_amx(), "x86-64-v4 and AMX of bfloat16", isa_v4::test_cells, isa::AMX},
+#endif
 #endif
   };
   std::vector<Isa> isas;
