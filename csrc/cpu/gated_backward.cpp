@@ -356,7 +356,7 @@ class Backward {
 
   void weight_product(int64_t from, int64_t M, bool times_r, R* weight, R* bias) {
     const Terms terms = {*this, from, times_r};
-    WeightProduct<R, Terms>(terms, p.dtype, M, p.H, weight, bias, threads).run();
+    WeightProduct<R, Terms>(terms, p.dtype, M, p.H, weight, bias, tiles, threads).run();
   }
 
   const GatedBackward& p;

@@ -29,12 +29,12 @@ class WeightProduct {
   static constexpr int LANE = LANES<R>, V = Packed::V, UNITS = Packed::UNITS;
 
  public:
-  // M columns of the gradients, N of the states. to: (M, N), or null; sums: (M,), or null.
-  WeightProduct(const Terms& terms, Dtype dtype, int64_t M, int64_t N, R* to, R* sums, int threads)
-      : terms(terms), dtype(dtype), M(M), N(N), to(to), sums(sums), threads(threads),
-        panels(ceil_div(N, UNITS)),
-        state_parts(has_tiles<R>() && to ? V * strip_size(STEPS) : 0),
-        grad_parts(has_tiles<R>() && to ? CHUNK / TILE_ROWS * strip_size(STEPS) : 0),
+  // M columns of the gradients, N of the states. to: (M, N), or null; sums: (M,), or null. tiles: whether of amx.h's.
+  WeightProduct(const Terms& terms, Dtype dtype, int64_t M, int64_t N, R* to, R* sums, bool tiles,
+                int threads)
+      : terms(terms), dtype(dtype), M(M), N(N), to(to), sums(sums), tiles(tiles && to), threads(threads),
+        panels(ceil_div(N, UNITS)), state_parts(this->tiles ? V * strip_size(STEPS) : 0),
+        grad_parts(this->tiles ? CHUNK / TILE_ROWS * strip_size(STEPS) : 0),
         memory(Workspace::bytes<R>(2 * panels * STEPS * UNITS) + Workspace::bytes<double>(M) +
                threads * Workspace::bytes<R>((CHUNK + LANE) * STEPS) + Workspace::bytes<bool>(2 * panels) +
                Workspace::bytes<Bits>(2 * panels * state_parts) + threads * Workspace::bytes<Bits>(grad_parts)),
@@ -56,7 +56,7 @@ class WeightProduct {
     typename Terms::Position position;
     Term<R> block[STEPS];
     std::optional<TileUnits> units;
-    if (has_tiles<R>()) units.emplace();
+    if (tiles) units.emplace();
     bool first = true;
     for (int64_t number = 0;; ++number) {
       int64_t K = 0;
@@ -68,7 +68,7 @@ class WeightProduct {
         for (int64_t i = part(panels, thread, count); i < part(panels, thread + 1, count); ++i) {
           R* const panel = states + (turn + i) * STEPS * UNITS;
           pack_states(block, K, i, panel);
-          in_parts[turn + i] = has_tiles<R>() && split_states(panel, K, parts + (turn + i) * state_parts);
+          in_parts[turn + i] = tiles && split_states(panel, K, parts + (turn + i) * state_parts);
         }
         barrier();
       }
@@ -134,7 +134,7 @@ class WeightProduct {
     const R* rows[CHUNK];
     for (int64_t i = 0; i < height; ++i) rows[i] = columns + i * STEPS;
     Bits* const strips = left + thread * grad_parts;
-    bool split = has_tiles<R>();
+    bool split = tiles;
     for (int64_t i = 0; i < height && split; i += TILE_ROWS) {
       if constexpr (std::is_same_v<R, float>) {
         split = split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strips + i / TILE_ROWS * strip_size(K));
@@ -143,13 +143,13 @@ class WeightProduct {
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t j = panel * UNITS, n = least(UNITS, N - j);
       const R* weights = states + (turn + panel) * STEPS * UNITS;
-      const bool tiles = split && in_parts[turn + panel];
-      if (n == UNITS && !tiles) {
+      const bool parted = split && in_parts[turn + panel];
+      if (n == UNITS && !parted) {
         Tiles<V, R>::run(rows, height, weights, UNITS, K, to + m * N + j, N, first);
         continue;
       }
       alignas(64) R edge[CHUNK * UNITS];
-      if (!tiles) {
+      if (!parted) {
         Tiles<V, R>::run(rows, height, weights, UNITS, K, edge, UNITS, true);
       } else if constexpr (std::is_same_v<R, float>) {
         NothingAhead nothing;
@@ -178,6 +178,7 @@ class WeightProduct {
   const Dtype dtype;
   const int64_t M, N;
   R *const to, *const sums;
+  const bool tiles;  // in amx.h's
   const int threads;
   const int64_t panels, state_parts, grad_parts;
   Workspace memory;

@@ -29,9 +29,11 @@ bool pack_strip(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   return split_along<RIGHT>(rows, n, depth, to);
 }
 
-// False, and nothing of use in C, where there are no such units, too little for them to do, or an element has no parts.
+// False, and nothing of use in C, where there are no such units, too little for them to do, too much padding, or an
+// element has no parts.
 bool product_in_tiles(const Product<float>& p) {
-  if (!has_tiles<float>() || least(p.M, p.N) < LEAST_TILE_ROWS || p.K < TILE_DEPTH / 2) return false;
+  if (!has_tiles<float>() || least(p.M, p.N) < LEAST_TILE_ROWS || p.K < 64) return false;
+  if (3 * round_up(p.K, TILE_DEPTH) > 4 * p.K) return false;
   const int64_t kc = round_up(ceil_div(p.K, ceil_div(p.K, STRIP_DEPTH)), TILE_DEPTH), size = strip_size(kc);
   const int64_t nc = least(round_up(p.N, 4 * TILE_ROWS), STRIP_COLUMNS);
   const int64_t row_blocks = ceil_div(p.M, STRIP_ROWS), col_tasks = row_blocks < 2 * p.threads ? p.threads : 1;

@@ -38,8 +38,8 @@ def vendor_is_faster(
 
     Measured on a CPU of two cores with AVX-512, torch 2.13. There torch.nn has oneDNN's kernel for the lstm alone, on
     padded batches, in float32 and bfloat16; the rest is a loop over operations, which ours beats 2 to 10 times but for
-    its start: some 50 us of Python. With AMX ours is 1.1 to 1.6 times as fast in float32, from the 8 rows on of which
-    csrc/cpu/amx.h makes tiles. On a GPU nothing has been measured yet, and cuDNN's kernels are known to be good.
+    its start: some 50 us of Python. With AMX ours is 1.1 to 1.6 times as fast in float32 where csrc/cpu/amx.h has
+    enough to do. On a GPU nothing has been measured yet, and cuDNN's kernels are known to be good.
     """
     if device != "cpu":
         return True
@@ -49,7 +49,8 @@ def vendor_is_faster(
         if T == 1 or B <= 4:
             return H < 256 and T < 64 and not needs_grad
         # With a backward both take as long, and ours sums the gradients of the biases to more digits.
-        return not needs_grad and not (dtype == torch.float32 and B >= 8 and backends.cpu_capability() == "amx")
+        tiles = dtype == torch.float32 and B >= 8 and B * H >= 4096 and backends.cpu_capability() == "amx"
+        return not needs_grad and not tiles
     if dtype == torch.float64 and not needs_grad:
         return True
     multiply_adds = T * B * H * H * {"rnn": 1, "gru": 3, "lstm": 4}[op]
