@@ -106,6 +106,16 @@ def test_every_number_of_threads_gives_the_same_bits(capability: str, name: str)
         assert all(torch.equal(a, b) for a, b in zip(alone, run(name, inputs, "cpp", **given), strict=True))
 
 
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize(("M", "K", "N"), [(40, 96, 70), (300, 1100, 20), (9, 130, 500)])
+def test_a_projection_as_precise_as_torchs(capability: str, M: int, K: int, N: int, columns: bool) -> None:
+    a, b = torch.randn(M, K), torch.randn(K, N)
+    if columns:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    exact = a.double() @ b.double()
+    assert (matmul(a, b) - exact).abs().max() <= 2 * (a @ b - exact).abs().max()
+
+
 @pytest.mark.parametrize("value", [HUGE, INF, NAN])
 def test_a_projection_of_what_has_no_parts(capability: str, value: float) -> None:
     a, b = torch.randn(40, 150), torch.randn(150, 60)

@@ -23,17 +23,36 @@ def arguments(*rows: int, bias: bool = True) -> list[Tensor]:
     return [torch.randn(shape).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("rows", [(40,), (9, 5), (16,), (15,), (3, 20, 2)])
-@pytest.mark.parametrize("bias", [True, False])
+def results(function: Callable[..., Tensor], args: list[Tensor]) -> list[Tensor]:
+    output = function(*args, *([None] if len(args) == 2 else []))
+    grads = torch.autograd.grad(output.sin().sum(), args, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), args)
+    return [output, *grads, *second]
+
+
+each_shape = pytest.mark.parametrize("rows", [(40,), (9, 5), (16,), (15,), (3, 20, 2)])
+each_bias = pytest.mark.parametrize("bias", [True, False])
+
+
+@each_shape
+@each_bias
 def test_equals_linear_and_its_derivatives(rows: tuple[int, ...], bias: bool) -> None:
     args = arguments(*rows, bias=bias)
+    cpu: Any = backends.extension("_cpu")
+    widest = cpu.capability()
+    if widest == "amx":  # which adds up in another order; as in AVX-512 both sums round alike
+        cpu.set_capability("avx512")
+    try:
+        ours = results(project, args)
+    finally:
+        cpu.set_capability(widest)
+    torch.testing.assert_close(ours, results(F.linear, args), rtol=1e-5, atol=1e-4)
 
-    def results(function: Callable[..., Tensor], args: list[Tensor]) -> list[Tensor]:
-        output = function(*args, *([] if bias else [None]))
-        grads = torch.autograd.grad(output.sin().sum(), args, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in grads), args)
-        return [output, *grads, *second]
 
+@each_shape
+@each_bias
+def test_as_close_to_float64_as_linear(rows: tuple[int, ...], bias: bool) -> None:
+    args = arguments(*rows, bias=bias)
     exact = results(F.linear, [t.detach().double().requires_grad_() for t in args])
     ours, theirs = (
         [(found - e).abs().max() / e.abs().max() for found, e in zip(results(function, args), exact, strict=True)]

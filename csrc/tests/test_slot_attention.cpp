@@ -33,7 +33,6 @@ struct Tensors {
         bias(c.B * c.heads * c.K), updates(c.B * c.heads * c.K * c.Dv), den(bias), du(updates),
         attn(c.B * c.heads * c.K * c.N), dattn(attn), dq(q), dk(k), dv(v), dbias(bias) {}
   std::vector<T> q, k, v, bias, updates, den, du, attn, dattn, dq, dk, dv, dbias;
-  double slope = 0;  // of a logit: the size of what its gradient is a difference of, at most, summed over the inputs
 };
 
 // The same in double, by the definition.
@@ -43,7 +42,6 @@ void define(const Case& c, const std::vector<uint8_t>& slots, const std::vector<
   std::vector<double>& dvalues = c.shared ? t.dk : t.dv;
   const int64_t group = c.joint ? c.heads : 1, J = group * c.K;
   for (auto* x : {&t.updates, &t.den, &t.attn, &t.dq, &t.dk, &t.dv, &t.dbias}) std::fill(x->begin(), x->end(), 0.0);
-  Numbers slopes(t.bias.size());
   for (int64_t s = 0; s < c.B * c.heads / group; ++s) {
     const int64_t b = s * group / c.heads;
     const auto head = [&](int64_t j) { return s * group + j / c.K; };
@@ -51,8 +49,8 @@ void define(const Case& c, const std::vector<uint8_t>& slots, const std::vector<
     for (int pass = 0; pass < 2; ++pass) {
       for (int64_t n = 0; n < c.N; ++n) {
         if (!inputs[b * c.N + n]) continue;
-        Numbers a(J), ds(J), size(J);
-        double most = -INFINITY, sum = 0, along = 0, size_along = 0;
+        Numbers a(J), ds(J);
+        double most = -INFINITY, sum = 0, along = 0;
         for (int64_t j = 0; j < J; ++j) {
           if (!valid(j)) continue;
           const int64_t row = s * J + j;
@@ -72,22 +70,18 @@ void define(const Case& c, const std::vector<uint8_t>& slots, const std::vector<
             continue;
           }
           ds[j] = t.dattn[row * c.N + n];
-          size[j] = std::fabs(ds[j]);
           for (int64_t d = 0; d < c.Dv; ++d) {
             const double g = t.du[row * c.Dv + d] / t.den[row];
             ds[j] += g * (values[at * c.Dv + d] - t.updates[row * c.Dv + d]);
-            size[j] += std::fabs(g) * (std::fabs(values[at * c.Dv + d]) + std::fabs(t.updates[row * c.Dv + d]));
             dvalues[at * c.Dv + d] += weight * g;
           }
           along += a[j] * ds[j];
-          size_along += a[j] * size[j];
         }
         for (int64_t j = 0; pass == 1 && j < J; ++j) {
           if (!valid(j)) continue;
           const int64_t row = s * J + j, at = head(j) * c.N + n;
           const double slope = a[j] * (ds[j] - along);
           t.dbias[row] += slope;
-          slopes[row] += a[j] * (size[j] + size_along);
           for (int64_t d = 0; d < c.D; ++d) {
             t.dq[row * c.D + d] += scale * slope * t.k[at * c.D + d];
             t.dk[at * c.D + d] += scale * slope * t.q[row * c.D + d];
@@ -101,7 +95,6 @@ void define(const Case& c, const std::vector<uint8_t>& slots, const std::vector<
       }
     }
   }
-  for (const double slope : slopes) t.slope = std::fmax(t.slope, slope);
 }
 
 template <class T>
@@ -175,8 +168,11 @@ void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
          {t.q.data(), c.D}, rows(t.k, c, c.N, c.D), c.shared ? Rows{} : rows(t.v, c, c.N, c.Dv), {t.bias.data(), 1},
          c.masked ? slots.data() : nullptr, c.masked ? inputs.data() : nullptr};
   };
+  // As many as ever, so that the cases that follow do not depend on how many instruction sets this machine has.
+  int counts[3];
+  for (int& count : counts) count = 1 + int(random() % 3);
   for (const Isa& isa : isas) {
-    const int threads = 1 + int(random() % 3);
+    const int threads = counts[isa.place % 3];
     std::string text = isa.name;
     for (const int64_t n : {c.B, c.heads, c.K, c.N, c.D, c.Dv}) text += " " + std::to_string(n);
     SlotAttentionForward f{};
@@ -196,10 +192,10 @@ void run(const std::vector<Isa>& isas, const Case& c, std::mt19937_64& random) {
     g.grad_q = t.dq.data(), g.grad_bias = t.dbias.data();
     isa.take();
     RECATTN_RUN(slot_attention_backward, g);
-    compare("dq", t.dq, exact.dq, text, scale * exact.slope);
-    compare("dk", t.dk, exact.dk, text, scale * exact.slope);
+    compare("dq", t.dq, exact.dq, text);
+    compare("dk", t.dk, exact.dk, text);
     compare("dv", t.dv, exact.dv, text);
-    compare("dbias", t.dbias, exact.dbias, text, exact.slope);
+    compare("dbias", t.dbias, exact.dbias, text);
     compare_calls(c, g, t, text);
   }
 }
