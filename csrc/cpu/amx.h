@@ -122,6 +122,7 @@ RECATTN_AMX bool split_across(const float* from, int64_t stride, int64_t n, int6
   const __m512i pairs = _mm512_load_si512(PAIRS);
   const __mmask16 columns = __mmask16((uint32_t(1) << least(n, 16)) - 1);
   alignas(64) Bits tiles[BLOCK];
+  constexpr int64_t AHEAD = 2 * TILE_DEPTH;  // lines too far apart for the hardware to foresee
   __mmask16 large = 0;
   for (int64_t k = 0; k < K; k += TILE_DEPTH, to += BLOCK) {
     Bits* const block = RIGHT ? to : tiles;
@@ -129,6 +130,7 @@ RECATTN_AMX bool split_across(const float* from, int64_t stride, int64_t n, int6
       __m512i parts[PARTS] = {};
       if (k + 2 * i < K) {
         const float* row = from + (k + 2 * i) * stride;
+        __builtin_prefetch(row + AHEAD * stride), __builtin_prefetch(row + (AHEAD + 1) * stride);
         const __mmask16 next = k + 2 * i + 1 < K ? columns : __mmask16(0);
         split(_mm512_maskz_loadu_ps(columns, row), _mm512_maskz_loadu_ps(next, next ? row + stride : row), parts,
               large);

@@ -2,6 +2,7 @@
 // of A's strips stays in the second-level cache while B's go over it, four at a time.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 
@@ -29,6 +30,20 @@ bool pack_strip(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   return split_along<RIGHT>(rows, n, depth, to);
 }
 
+// The same of n rows, in strips; where neighbours lie across, all strips by turns: a page is not visited for one line.
+template <bool RIGHT>
+bool pack_strips(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
+  const int64_t deep = from.row == 1 ? TILE_DEPTH : depth;
+  bool whole = true;
+  for (int64_t k = 0; k < depth; k += deep) {
+    for (int64_t i = 0; i < n; i += TILE_ROWS) {
+      Bits* const strip = to + i / TILE_ROWS * strip_size(depth) + k / TILE_DEPTH * BLOCK;
+      whole &= pack_strip<RIGHT>(from.from(i, k), least(TILE_ROWS, n - i), least(deep, depth - k), strip);
+    }
+  }
+  return whole;
+}
+
 // False, and nothing of use in C, where there are no such units, too little for them to do, too much padding, or an
 // element has no parts.
 bool product_in_tiles(const Product<float>& p) {
@@ -36,8 +51,10 @@ bool product_in_tiles(const Product<float>& p) {
   if (3 * round_up(p.K, TILE_DEPTH) > 4 * p.K) return false;
   const int64_t kc = round_up(ceil_div(p.K, ceil_div(p.K, STRIP_DEPTH)), TILE_DEPTH), size = strip_size(kc);
   const int64_t nc = least(round_up(p.N, 4 * TILE_ROWS), STRIP_COLUMNS);
-  const int64_t row_blocks = ceil_div(p.M, STRIP_ROWS), col_tasks = row_blocks < 2 * p.threads ? p.threads : 1;
-  const int64_t mc = round_up(ceil_div(p.M, row_blocks), 2 * TILE_ROWS);
+  // Two tasks a thread, if rows do for so many; else the threads share out columns too, and each packs A for itself.
+  const int64_t wanted = std::max(ceil_div(p.M, STRIP_ROWS), least(2 * p.threads, p.M / (2 * TILE_ROWS)));
+  const int64_t mc = round_up(ceil_div(p.M, wanted), 2 * TILE_ROWS), row_blocks = ceil_div(p.M, mc);
+  const int64_t col_tasks = row_blocks < p.threads ? p.threads : 1;
   const Scratch<Bits> left(p.threads * mc / TILE_ROWS * size), right(nc / TILE_ROWS * size);
   const Scratch<float> results(p.threads * mc * 4 * TILE_ROWS);
   std::atomic<bool> large = false;
@@ -54,23 +71,20 @@ bool product_in_tiles(const Product<float>& p) {
       for (int64_t k = 0; k < p.K; k += kc) {
         const int64_t depth = least(kc, p.K - k);
 #pragma omp for schedule(static)
-        for (int64_t j = 0; j < columns; j += TILE_ROWS) {
-          Bits* const strip = right.data + j / TILE_ROWS * size;
+        for (int64_t j = 0; j < columns; j += 4 * TILE_ROWS) {
           const Matrix<float> from = p.b.from(k, j0 + j).transposed();
-          if (!pack_strip<true>(from, least(TILE_ROWS, columns - j), depth, strip)) large = true;
+          Bits* const strips = right.data + j / TILE_ROWS * strip_size(depth);
+          if (!pack_strips<true>(from, least(4 * TILE_ROWS, columns - j), depth, strips)) large = true;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < row_blocks * col_tasks; ++task) {
           const int64_t i0 = task / col_tasks * mc, rows = least(mc, p.M - i0);
           const int64_t from = task % col_tasks * share, to = least(columns, from + share);
-          for (int64_t i = 0; i < rows && from < to; i += TILE_ROWS) {
-            Bits* const strip = a + i / TILE_ROWS * strip_size(depth);
-            if (!pack_strip<false>(p.a.from(i0 + i, k), least(TILE_ROWS, rows - i), depth, strip)) large = true;
-          }
+          if (from < to && !pack_strips<false>(p.a.from(i0, k), rows, depth, a)) large = true;
           for (int64_t j = from; j < to && !large; j += 4 * TILE_ROWS) {
             const int64_t n = least(4 * TILE_ROWS, to - j);
             multiply_strips(a, rows, depth, ceil_div(n, TILE_ROWS),
-                            [&](int64_t i) { return right.data + (j / TILE_ROWS + i) * size; },
+                            [&](int64_t i) { return right.data + (j / TILE_ROWS + i) * strip_size(depth); },
                             [&](int64_t i) { return sums + i * TILE_ROWS; }, 4 * TILE_ROWS, nothing);
             for (int64_t i = 0; i < rows; ++i) {
               const float* base = p.base(i0 + i, j0 + j, k);
