@@ -142,6 +142,34 @@ struct Share {
   int64_t b0, b1, panel0, panel1;
 };
 
+// The order in which a thread's products go over its panels, `at_once` of them at a time: back and forth. The last ones
+// of a sweep are still in the second-level cache when the next begins; over and over in one order, all would be gone.
+class Sweep {
+ public:
+  void start(int64_t begin, int64_t end, int64_t at_once = 1) {
+    first = begin, step = at_once, count = left = ceil_div(end - begin, at_once), back = !back;
+  }
+
+  // The next ones, and in `after` those that follow them; -1 where there are none.
+  int64_t next(int64_t& after) {
+    const int64_t now = at(left);
+    after = at(--left);
+    return now;
+  }
+  int64_t next() {
+    int64_t after;
+    return next(after);
+  }
+
+ private:
+  int64_t at(int64_t remaining) const {
+    return remaining <= 0 ? -1 : first + (back ? remaining - 1 : count - remaining) * step;
+  }
+
+  int64_t first = 0, step = 1, count = 0, left = 0;
+  bool back = true;
+};
+
 // Weights that fit the second-level cache are read there by every core: the rows are divided, and no thread ever waits
 // for another. Else each thread keeps some panels, and all meet after every step.
 [[maybe_unused]] inline bool rows_apart(const Gated& p, int64_t weight_bytes, int threads) {

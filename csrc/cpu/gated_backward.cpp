@@ -71,7 +71,7 @@ class Backward {
   }
 
   void scan(int64_t thread, int64_t count) {
-    const Local local = {scratch + thread * local_size, parts + thread * parts_size};
+    Local local = {scratch + thread * local_size, parts + thread * parts_size, {}};
     std::optional<TileUnits> units;
     if (tiles) units.emplace();
     // Sums over rows are those of whole groups of rows, so that they do not depend on the number of threads.
@@ -125,6 +125,7 @@ class Backward {
   struct Local {
     R* memory;    // BUFFERS rows of `width`
     Bits* parts;  // of a product's rows
+    Sweep sweep;
   };
 
   // later: with dq of the step after t; start: with dq of the first step; reset: gru_before's, with dn of step t.
@@ -144,7 +145,7 @@ class Backward {
   }
 
   template <Phase WHICH>
-  void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
+  void product(const Weights& weights, int64_t t, const Share& share, Local& local) {
     constexpr int MOST = Rows<R>::MOST;
     alignas(64) R result[MOST * Weights::WIDTH];
     NothingAhead nothing;
@@ -163,7 +164,9 @@ class Backward {
         }
       }
       if (weights.tiles) rows.split(weights.K);
-      for (int64_t i = share.panel0; i < share.panel1 && n > 0; ++i) {
+      if (n == 0) continue;
+      local.sweep.start(share.panel0, share.panel1);
+      for (int64_t i; (i = local.sweep.next()) >= 0;) {
         for (int64_t r = 0; r < n && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
         weights.product(rows, i, i + 1, result, Weights::WIDTH, LANES<R>, nothing);
         for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local.memory);

@@ -55,8 +55,8 @@ class Forward {
  private:
   void run(int64_t thread, int64_t count) {
     Ahead ahead;
-    const Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))),
-                         parts + thread * parts_size, ahead};
+    Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))),
+                   parts + thread * parts_size, ahead, {}};
     std::optional<TileUnits> units;
     if (tiles) units.emplace();
     const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
@@ -95,6 +95,7 @@ class Forward {
     R* memory;    // (G + KEPT + 1) rows of `width`
     Bits* parts;  // of a product's rows
     Ahead& ahead;
+    Sweep sweep;
   };
 
   // The outputs past the row's length, and the states of a row that takes no step.
@@ -126,7 +127,7 @@ class Forward {
   }
 
   template <bool SECOND, class Weights>
-  void product(const Weights& weights, int64_t t, const Share& share, const Local& local) {
+  void product(const Weights& weights, int64_t t, const Share& share, Local& local) {
     // Two panels at once where one is as wide as a vector: a line of the cache is half of what memory brings.
     constexpr int MOST = Rows<R>::MOST, PANELS = Weights::GROUPS == 1 ? 2 : 1;
     constexpr int64_t UNITS = PANELS * Weights::UNITS, WIDTH = PANELS * Weights::WIDTH;
@@ -144,15 +145,17 @@ class Forward {
         b_of[n++] = b;
       }
       if (weights.tiles) rows.split(p.H);
-      for (int64_t i = share.panel0; i < share.panel1 && n > 0; i += PANELS) {
+      if (n == 0) continue;
+      local.sweep.start(share.panel0, share.panel1, PANELS);
+      for (int64_t i, next; (i = local.sweep.next(next)) >= 0;) {
         const int64_t j = i * Weights::UNITS, end = least(i + PANELS, share.panel1);
         const int64_t units = least(end * Weights::UNITS, p.H) - j;
         if (by_rows) {
           local.ahead.clear();
-        } else if (end < share.panel1) {
-          look_ahead(t, b_first, b, j + units, UNITS, local.ahead);
-        } else {
-          look_ahead(p.reverse ? t - 1 : t + 1, b_first, b, share.panel0 * Weights::UNITS, UNITS, local.ahead);
+        } else if (next >= 0) {
+          look_ahead(t, b_first, b, next * Weights::UNITS, UNITS, local.ahead);
+        } else {  // the next step begins where this one ends
+          look_ahead(p.reverse ? t - 1 : t + 1, b_first, b, j, UNITS, local.ahead);
         }
         weights.product(rows, i, end, sums, WIDTH, V_STRIDE, local.ahead);
         for (int64_t r = 0; r < n; ++r) {
