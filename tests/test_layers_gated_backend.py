@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -77,6 +78,7 @@ def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) ->
     vendor = []
     monkeypatch.setattr("recattn_kernels.layers.gated_base.vendor_is_faster", rule)
     monkeypatch.setattr(nn.GRU, "forward", lambda self, input, hx: vendor.append(input) or (input, hx))
+    monkeypatch.setattr(GRU, "_kernel", lambda self, input, B: vendor.append(input) or (input, None))
     layer = GRU(D, H, 3, batch_first=True, bidirectional=True)
     x = torch.randn(2, 5, D)
     layer(x)
@@ -137,3 +139,19 @@ def test_empty_sequences_run_on_ours() -> None:
     output, last = layer(torch.zeros(0, 2, D), hx)
     assert output.shape == (0, 2, 2)
     torch.testing.assert_close(last, hx)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_vendor_without_the_checks_of_torch_nn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain call goes straight to torch.nn's kernel, with the same result; one that fails a check does not."""
+    layer = LAYERS[name](D, H, 2, bidirectional=True, batch_first=True, backend="vendor")
+    theirs, x = layer.to_torch(), torch.randn(3, 5, D)
+    expected = theirs(x)
+    monkeypatch.delattr(LAYERS[name]._vendor, "forward")
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    monkeypatch.undo()
+    for wrong in (torch.randn(3, 5, D + 1), x.double()):
+        with pytest.raises(Exception) as theirs_says:
+            theirs(wrong)
+        with pytest.raises(type(theirs_says.value), match=re.escape(str(theirs_says.value))):
+            layer(wrong)

@@ -92,14 +92,16 @@ class Gated(nn.Module):
                     setattr(self, f"ln_{part}_weight{suffix}", nn.Parameter(wide.new_ones(width)))
                     setattr(self, f"ln_{part}_bias{suffix}", nn.Parameter(wide.new_zeros(width)))
 
+    _first_weight_hh = "weight_hh"
+
     def _suffixes(self) -> list[str]:
         """What follows a parameter's name, for every recurrence of the module."""
         return [""]
 
     def _weight_hh(self) -> Tensor:
         """Of the first recurrence."""
-        weight_hh: Tensor = getattr(self, "weight_hh" + self._suffixes()[0])
-        return weight_hh
+        weight_hh = self._parameters.get(self._first_weight_hh)  # Module.__getattr__ takes 2 us
+        return weight_hh if weight_hh is not None else getattr(self, self._first_weight_hh)
 
     @property
     def _cell(self) -> str:
