@@ -90,7 +90,9 @@ def build_info(tree: Path) -> dict[str, str | None]:
 def source(tmp_path: Path) -> Path:
     """The project's sources in a folder of their own (with a space in its name), with the checkout's object files."""
     tree = tmp_path / "source tree"
-    written = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__", "lib*", "bdist*", "__editable__*")
+    written = shutil.ignore_patterns(
+        "*.so", "_build_info.py", "__pycache__", "lib*", "bdist*", "__editable__*", "csrc-tests"
+    )
     for name in ("csrc", "recattn_kernels", "build"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, tree / name, ignore=written)
