@@ -13,7 +13,8 @@ GPU_BUILD := RECATTN_BUILD_CUDA=1 timeout $(GPU_LIMIT) python3 setup.py build_ex
 GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup bench test test-csrc lint aot demo gpu gpu-test gpu-check gpu-bench clean
+CSRC_TEST_NAMES := $(patsubst csrc/tests/test_%.cpp,test-csrc-%,$(wildcard csrc/tests/test_*.cpp))
+.PHONY: FORCE help setup bench test test-csrc $(CSRC_TEST_NAMES) lint aot demo gpu gpu-test gpu-check gpu-bench clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
@@ -70,7 +71,7 @@ isa_v3 := -march=x86-64-v3
 isa_v4 := -march=x86-64-v4 -mprefer-vector-width=512
 PER_ISA := $(filter-out csrc/cpu/bindings%,$(wildcard csrc/cpu/*.cpp)) csrc/tests/test_cells.cpp
 ONCE := $(filter-out $(PER_ISA),$(wildcard csrc/tests/*.cpp))
-SANITIZED = $(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra \
+SANITIZED = $(CXX) -std=c++20 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra \
 	-fno-math-errno -fno-trapping-math -ffp-contract=fast $$(cat $(CSRC_TESTS)/openmp)
 
 # -fopenmp where the compiler, its headers and its linker have OpenMP.
@@ -92,8 +93,10 @@ $(CSRC_TESTS)/run: $(foreach isa,$(ISAS),$(PER_ISA:csrc/%.cpp=$(CSRC_TESTS)/%.$(
 		$(ONCE:csrc/%.cpp=$(CSRC_TESTS)/%.isa_base.o)
 	@$(SANITIZED) $^ -o $@
 
-test-csrc: $(CSRC_TESTS)/run
-	$<
+# A process each, for make -j. Their threads must not spin while they wait for one another.
+test-csrc: $(CSRC_TEST_NAMES)
+$(CSRC_TEST_NAMES): test-csrc-%: $(CSRC_TESTS)/run
+	OMP_WAIT_POLICY=passive $< $*
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .
