@@ -138,7 +138,7 @@ def test_check_finds_a_broken_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, broken: Any, complaint: str
 ) -> None:
     monkeypatch.setattr(cpp, name, broken)
-    assert exit_code("check", "--backend", "cpp", "--device", "cpu") == 1
+    assert exit_code("check", "--op", "indrnn", "--backend", "cpp", "--device", "cpu") == 1
     assert complaint in capsys.readouterr().out
 
 
