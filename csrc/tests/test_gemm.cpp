@@ -122,11 +122,18 @@ void check_rounding(const std::vector<Isa>& isas, const Case& c, Random& random)
   const auto positive = [&] { return std::uniform_real_distribution<double>(0.5, 1.5)(random); };
   test.a.fill(positive);
   test.b.fill(positive);
+  std::vector<long double> exact;
+  for (int64_t i = 0; i < c.M; ++i) {
+    for (int64_t j = 0; j < c.N; ++j) {
+      long double sum = c.bias ? test.bias[j] : T(0);
+      for (int64_t k = 0; k < c.K; ++k) sum += (long double)(test.a.at(i, k)) * test.b.at(k, j);
+      exact.push_back(sum);
+    }
+  }
   for (const Isa& isa : isas) {
     std::vector<T> first;
     test.run(isa, 1, [&](int64_t i, int64_t j, T got) {
-      long double want = c.bias ? test.bias[j] : T(0);
-      for (int64_t k = 0; k < c.K; ++k) want += (long double)(test.a.at(i, k)) * test.b.at(k, j);
+      const long double want = exact[i * c.N + j];
       // Half an epsilon for each sum of a block, and for each sum of the blocks.
       const double bound = (256 + 2 + c.K / 64) * 0.5 * std::numeric_limits<T>::epsilon() * double(want) * 1.01;
       CHECK(std::fabs(double(got - want)) <= bound, "[%d, %d] is %.17g, not %.17g to within %.3g: %s", int(i), int(j),
