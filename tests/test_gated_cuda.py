@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import random
 import shutil
 import subprocess
@@ -45,9 +46,28 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     compiler = shutil.which("g++")
     if sys.platform != "linux" or compiler is None or importlib.util.find_spec("pybind11") is None:
         pytest.skip("the emulation is compiled by g++ on Linux, with pybind11")
+    import fcntl
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all processes
+    folder = shared / "emulation"
+    library = folder / "_cuda.so"
+    with open(shared / "emulation.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            folder.mkdir()
+            compile_emulation(compiler, folder, library)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_emulation(compiler: str, folder: Path, library: Path) -> None:
     import pybind11
 
-    folder = tmp_path_factory.mktemp("emulation")
     includes = (CSRC / "tests/emulation", CSRC, sysconfig.get_path("include"), pybind11.get_include())
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
     flags += [f"-I{path}" for path in includes]
@@ -57,13 +77,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         for source in sources
     ]
     assert [process.wait() for process in running] == [0] * len(sources)
-    library = folder / "_cuda.so"
     subprocess.run([compiler, "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
