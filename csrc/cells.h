@@ -153,6 +153,14 @@ RECATTN_FN R derivative(R h, R slope) {
   return R(1);  // identity
 }
 
+// g * d with such a derivative d. What a mask takes out is 0, whatever it was: of an infinity the product would be NaN.
+template <Activation A, class R>
+RECATTN_FN R times_derivative(R g, R d) {
+  constexpr bool MASK = A == Activation::relu || A == Activation::relu6 || A == Activation::hardtanh;
+  if constexpr (MASK) return d == R(0) ? R(0) : g;
+  return g * d;
+}
+
 // Of the 16-bit types: about the least positive number, and the neighbour towards 0 of a bound, 1 or 6.
 struct BFloat16Limits {
   static constexpr float smallest() { return 1e-38f; }  // float32's own range: nothing positive rounds to 0 above it

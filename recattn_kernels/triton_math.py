@@ -84,6 +84,16 @@ def derivative(h, negative_slope, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def times_derivative(g, d, ACTIVATION: tl.constexpr):
+    """g * d with such a derivative d. What a mask takes out is 0, whatever it was: of an infinity the product would be
+    NaN."""
+    if ACTIVATION == "relu" or ACTIVATION == "relu6" or ACTIVATION == "hardtanh":
+        return tl.where(d == 0.0, 0.0, g)
+    else:
+        return g * d
+
+
+@triton.jit
 def keep_inside(h, dtype: tl.constexpr, ACTIVATION: tl.constexpr):
     """What is stored for h in dtype. Rounding to 16 bits may not carry h onto a bound of the activation: the
     derivative, which is read off the stored value, would then be 0 where it is 1."""

@@ -244,3 +244,17 @@ def test_bad_arguments_of_the_layers() -> None:
 
 def test_public_names() -> None:
     assert {"additive_attention", "AdditiveAttention", "AttentionLSTMCell"} <= set(recattn_kernels.__all__)
+
+
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_a_mask_takes_out_any_gradient(backend: str) -> None:
+    """As torch's relu does in its backward: times 0 it would be NaN."""
+    args = arguments()
+    dcontext = torch.ones(B, D)
+    dcontext[1] = float("inf")
+    got, want = (
+        torch.autograd.grad(additive_attention(*args, activation="relu", backend=name), args[:3], dcontext)
+        for name in (backend, "reference")
+    )
+    assert (want[1][1] == 0).any() and want[1][1].isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True)

@@ -305,3 +305,20 @@ def test_explain() -> None:
 def test_public_names() -> None:
     for name in ("rnn", "lstm", "gru", "lstm_step", "gru_step", "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"):
         assert name in recattn_kernels.__all__
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_a_mask_takes_out_any_gradient(backend: str) -> None:
+    """As torch's backward does: times 0 it would be NaN."""
+    x, weight = torch.randn(6, 3, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    dy = torch.randn(6, 3, 5)
+    dy[4, 0], dy[5, 1] = float("inf"), float("nan")
+    output, _ = rnn(x, weight, nonlinearity="relu", backend=backend)
+    h, expected = torch.zeros(3, 5), []
+    for x_t in x:
+        h = torch.relu(x_t + h @ weight.T)
+        expected.append(h)
+    got = torch.autograd.grad(output, (x, weight), dy)
+    want = torch.autograd.grad(torch.stack(expected), (x, weight), dy)
+    assert (want[0][4, 0] == 0).any() and (want[0][5, 1] == 0).any()
+    torch.testing.assert_close(got, want, equal_nan=True)

@@ -146,6 +146,28 @@ def test_nan_and_infinity_stay_in_their_column(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", ["sequential", "scan"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardtanh"])
+def test_a_mask_takes_out_any_gradient(backend: str, algorithm: str, activation: str) -> None:
+    """As torch's backward does: times 0 it would be NaN."""
+    if (backend, algorithm) == ("cpp", "scan"):
+        pytest.skip("the CPU has one algorithm")
+    x, u, h0, _ = (t.requires_grad_() for t in numbers(T=40))
+    weight = torch.randn(40, 3, 5)
+    weight[20, 0], weight[20, 1], weight[30, 2, 2] = float("inf"), float("nan"), -float("inf")
+    options = {"algorithm": algorithm} if algorithm == "scan" else {}
+    output, _ = indrnn(x, u, h0, activation=activation, backend=backend, **options)
+    h, expected = h0, []
+    for x_t in x:
+        h = ACT[activation](x_t + u * h)
+        expected.append(h)
+    got = torch.autograd.grad(output, (x, u, h0), weight)
+    want = torch.autograd.grad(torch.stack(expected), (x, u, h0), weight)
+    assert (want[0][20, :2] == 0).any()
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_final_state_and_gradients_have_their_inputs_dtypes(backend: str, dtype: torch.dtype) -> None:
     x, u, h0, bias = numbers()

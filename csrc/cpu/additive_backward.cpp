@@ -74,7 +74,7 @@ RECATTN_FN void key_backward(const S* keys, const R* query, const R* weight, R d
     const R* const k = chunk(keys + a, buffer, count);
     for (int64_t j = 0; j < count; ++j) {
       const R h = activate<ACT>(k[j] + query[a + j], R(0));
-      const R dk = de * weight[a + j] * derivative<ACT>(h, R(0));
+      const R dk = times_derivative<ACT>(de * weight[a + j], derivative<ACT>(h, R(0)));
       out[j] = dk;
       dquery[a + j] += dk;
       dweight[a + j] += de * h;

@@ -12,7 +12,7 @@ namespace {
 template <Cell C, class R>
 RECATTN_FN void rnn_row(const R* __restrict n, const R* __restrict dh, R* __restrict dq, int64_t size) {
   constexpr Activation A = C == Cell::rnn_relu ? Activation::relu : Activation::tanh;
-  for (int64_t i = 0; i < size; ++i) dq[i] = dh[i] * derivative<A>(n[i], R(0));
+  for (int64_t i = 0; i < size; ++i) dq[i] = times_derivative<A>(dh[i], derivative<A>(n[i], R(0)));
 }
 
 // h = o * tanh(c'), c' = f * c + i * g: squashed = tanh(c'), and dc gets its share.

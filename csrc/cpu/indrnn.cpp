@@ -157,7 +157,7 @@ void backward_row(const R* __restrict dy, const R* __restrict h, const R* __rest
   for (int64_t i = 0; i < n; ++i) {
     R g = flow[i];
     if constexpr (DY) g += dy[i];
-    g = clamp_symmetric(g, clip) * derivative<A>(h[i], slope);
+    g = times_derivative<A>(clamp_symmetric(g, clip), derivative<A>(h[i], slope));
     dx[i] = g;
     du[i] += g * (PREV ? prev[i] : R(0));  // 0 times NaN is NaN
     db[i] += g;

@@ -62,7 +62,8 @@ RECATTN_FN Gradients<C> cell_backward(const Gated& p, const Inputs<C>& in, float
     d.h = dh * z;
   } else {
     const float h = in.kept[0];
-    d.x[0] = dh * (p.cell == Cell::rnn_relu ? derivative<Activation::relu>(h, 0.0f) : tanh_slope(h));
+    constexpr Activation RELU = Activation::relu;
+    d.x[0] = p.cell == Cell::rnn_relu ? times_derivative<RELU>(dh, derivative<RELU>(h, 0.0f)) : dh * tanh_slope(h);
   }
   for (int g = 0; g < gates_of(C); ++g) d.q[g] = d.x[g];
   if constexpr (C == Cell::gru) d.q[2] = d.x[2] * in.kept[0];

@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
     E::unpack(dy_word, dy);
     for (int j = 0; j < N; ++j) {
       const float before = GATED && reset ? 0.0f : (has_before ? h_before[j] : start[j]);
-      const float g = clamp_symmetric(dy[j] + flow[j], p.grad_clip) * derivative<A>(h[j], p.negative_slope);
+      const float d = derivative<A>(h[j], p.negative_slope);
+      const float g = times_derivative<A>(clamp_symmetric(dy[j] + flow[j], p.grad_clip), d);
       dy[j] = taken ? g : 0.0f;
       du_part[j] = taken ? du_part[j] + g * before : du_part[j];
       db_part[j] += dy[j];

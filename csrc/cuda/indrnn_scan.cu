@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(32 * CHUNKS) backward_scan_kernel(const __grid
       for (int j = 0; j < N; ++j) {
         const float slope = columns.u[j] * d[i][j];
         map[j].scale(slope);
-        map[j].c = columns.u[j] * (d[i][j] * (dy[j] + map[j].c));
+        map[j].c = columns.u[j] * times_derivative<A>(dy[j] + map[j].c, d[i][j]);
         if (clipped) {
           map[j].low = slope * clamp_symmetric(dy[j] + map[j].low, p.grad_clip);
           map[j].high = slope * clamp_symmetric(dy[j] + map[j].high, p.grad_clip);
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(32 * CHUNKS) backward_scan_kernel(const __grid
         float g[N];
         E::unpack(dy_words[i], g);
         for (int j = 0; j < N; ++j) {
-          g[j] = clamp_symmetric(g[j] + end[j], p.grad_clip) * d[i][j];
+          g[j] = times_derivative<A>(clamp_symmetric(g[j] + end[j], p.grad_clip), d[i][j]);
           g[j] = taken ? g[j] : 0.0f;
           end[j] = taken ? (reset[i] ? 0.0f : columns.u[j] * g[j]) : end[j];
         }

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import activate, derivative
+from recattn_kernels.triton_math import activate, derivative, times_derivative
 
 
 @triton.jit
@@ -190,7 +190,8 @@ def keys_backward_kernel(
         weight = tl.load(weight_ptr + a, mask=a < A, other=0.0).to(tl.float32)
         k = tl.load(keys + a, mask=kept[:, None] & (a < A), other=0.0).to(tl.float32)
         h = activate(k + query, 0.0, ACTIVATION)
-        dk = tl.where(kept[:, None], de * weight * derivative(h, 0.0, ACTIVATION), 0.0)
+        dk = times_derivative(de * weight, derivative(h, 0.0, ACTIVATION), ACTIVATION)
+        dk = tl.where(kept[:, None], dk, 0.0)
         if grad_keys_ptr is not None:
             out = rows_of(grad_keys_ptr, b, n, N.to(tl.int64) * A, A, ALIGNED)
             tl.store(out + a, dk.to(grad_keys_ptr.dtype.element_ty), mask=there[:, None] & (a < A))

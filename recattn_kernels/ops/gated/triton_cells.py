@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recattn_kernels.triton_math import activate, clamp_symmetric, derivative, normalise, sigmoid, tanh
+from recattn_kernels.triton_math import (
+    activate,
+    clamp_symmetric,
+    derivative,
+    normalise,
+    sigmoid,
+    tanh,
+    times_derivative,
+)
 
 
 @triton.jit
@@ -86,7 +94,8 @@ def cell_backward(dh, dc, kept, h, c, CELL: tl.constexpr, squashed=None):
         dq = dx
         dh = dh * z
     else:
-        dx = (dh * derivative(kept[0], 0.0, "tanh" if CELL == "rnn_tanh" else "relu"),)
+        ACTIVATION: tl.constexpr = "tanh" if CELL == "rnn_tanh" else "relu"
+        dx = (times_derivative(dh, derivative(kept[0], 0.0, ACTIVATION), ACTIVATION),)
         dq = dx
         dh = tl.zeros_like(dh)
     return dx, dq, dh, dc

@@ -43,6 +43,11 @@ DERIVATIVES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+def times_derivative(g: Tensor, d: Tensor, activation: str) -> Tensor:
+    """g * d with such a derivative d. What a mask takes out is 0, as in torch's backward, infinite or NaN as it was."""
+    return torch.where(d == 0, 0.0, g) if activation in ("relu", "relu6", "hardtanh") else g * d
+
+
 def indrnn(
     x: Tensor,
     weight_hh: Tensor,
@@ -129,7 +134,7 @@ def indrnn_backward(
             dh = dh.clamp(-grad_clip, grad_clip)
         if extra is not None:
             dh = dh + extra[t]
-        g = dh * DERIVATIVES[activation](activated[t], negative_slope)
+        g = times_derivative(dh, DERIVATIVES[activation](activated[t], negative_slope), activation)
         to_prev = u * g if resets is None else torch.where(resets[t], 0.0, u * g)
         du_t = g * h_prev
         if valid is None:

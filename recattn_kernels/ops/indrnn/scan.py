@@ -218,7 +218,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     valid = in_chunks(is_step.flip(0), L)
 
     def through(i: int, dh: Tensor) -> Tensor:
-        return torch.where(resets[i], 0.0, u * (dh * derivatives[i]))
+        return torch.where(resets[i], 0.0, u * reference.times_derivative(dh, derivatives[i], call.activation))
 
     def dh(i: int, flow: Tensor) -> Tensor:
         return flow if dy is None else dy[i] + flow
@@ -236,7 +236,7 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, call: Call) ->
     )
     gs = []
     for i in range(L):
-        g = dh(i, flow).clamp(-limit, limit) * derivatives[i]
+        g = reference.times_derivative(dh(i, flow).clamp(-limit, limit), derivatives[i], call.activation)
         gs.append(torch.where(valid[i], g, 0.0))
         flow = torch.where(valid[i], torch.where(resets[i], 0.0, u * g), flow)
     g, dh0 = from_chunks(gs, T).flip(0), flow[-1]  # as h

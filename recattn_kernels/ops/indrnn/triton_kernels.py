@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import activate, add_to_sum, clamp_symmetric, derivative, keep_inside, sum_value
+from recattn_kernels.triton_math import (
+    activate,
+    add_to_sum,
+    clamp_symmetric,
+    derivative,
+    keep_inside,
+    sum_value,
+    times_derivative,
+)
 from recattn_kernels.triton_steps import columns, load_steps, stack, store_steps, unstack, walk
 
 
@@ -136,7 +144,7 @@ def backward_kernel(
                 dh += dy[i].to(tl.float32)
             if grad_clip is not None:
                 dh = clamp_symmetric(dh, grad_clip)
-            g = dh * derivative(h, negative_slope, ACTIVATION)
+            g = times_derivative(dh, derivative(h, negative_slope, ACTIVATION), ACTIVATION)
             to_before = u * g
             if reset_ptr is not None:
                 before = tl.where(reset[i] != 0, 0.0, before)

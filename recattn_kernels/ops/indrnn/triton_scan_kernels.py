@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 
 from recattn_kernels.triton_launch import kernel
-from recattn_kernels.triton_math import activate, add_to_sum, clamp_symmetric, derivative, keep_inside, sum_value
+from recattn_kernels.triton_math import (
+    activate,
+    add_to_sum,
+    clamp_symmetric,
+    derivative,
+    keep_inside,
+    sum_value,
+    times_derivative,
+)
 from recattn_kernels.triton_steps import load_steps, stack, store_steps, unstack, walk
 
 INFINITY = tl.constexpr(float("inf"))
@@ -216,7 +224,7 @@ def forward_scan_kernel(
 
 
 @triton.jit
-def backward_chunk(dy, slopes, resets, flow, u, step, begin, end, grad_clip):
+def backward_chunk(dy, slopes, resets, flow, u, step, begin, end, grad_clip, ACTIVATION: tl.constexpr):
     """The gradient over a lane's chunk, from `flow` at `step`: g of every step, and what flows on from it."""
     grads = ()
     for i in tl.static_range(len(slopes)):
@@ -225,7 +233,7 @@ def backward_chunk(dy, slopes, resets, flow, u, step, begin, end, grad_clip):
             dh += dy[i]
         if grad_clip is not None:
             dh = clamp_symmetric(dh, grad_clip)
-        g = dh * slopes[i]
+        g = times_derivative(dh, slopes[i], ACTIVATION)
         flow_i = u * g
         if resets is not None:
             flow_i = tl.where(resets[i] != 0, 0.0, flow_i)
@@ -307,7 +315,7 @@ def backward_scan_kernel(
                 dy_i = tl.where(taken, dy_words[i].to(tl.float32), 0.0)
                 dy += (dy_i,)
                 c_i, low_i, high_i = c + dy_i, low + dy_i, high + dy_i
-            c_i = u * (d * c_i)
+            c_i = u * times_derivative(c_i, d, ACTIVATION)
             if resets is not None:
                 a_i, e_i = tl.where(resets[i] != 0, 0.0, a_i), tl.where(resets[i] != 0, 0.0, e_i)
                 c_i = tl.where(resets[i] != 0, 0.0, c_i)
@@ -318,9 +326,9 @@ def backward_scan_kernel(
         start, untrusted = starts_of(a, e, c, low, high, flow, COLUMNS, CLAMPED)
         # Chunk 0 starts right; each round makes one chunk more do so: a walk, with every lane along.
         for _ in range(0, CHUNKS * untrusted):
-            _, ends = backward_chunk(dy, slopes, resets, start, u, step, begin, end, grad_clip)
+            _, ends = backward_chunk(dy, slopes, resets, start, u, step, begin, end, grad_clip, ACTIVATION)
             start, _ = shift(ends, flow, COLUMNS)
-        grads, ends = backward_chunk(dy, slopes, resets, start, u, step, begin, end, grad_clip)
+        grads, ends = backward_chunk(dy, slopes, resets, start, u, step, begin, end, grad_clip, ACTIVATION)
         _, flow = shift(ends, flow, COLUMNS)
         words = ()
         du, db = zeros, zeros
