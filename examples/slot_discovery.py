@@ -91,7 +91,8 @@ class AutoEncoder(nn.Module):
     def __init__(self, options: Options, backend: str | None = None) -> None:
         super().__init__()
         D, self.size = options.dim, KINDS[options.scenes].size
-        self.encoder = shared.Encoder(options)
+        strides = (1, 1, 1, 1) if options.paper else (1 if self.size < 64 else 2, 2, 1, 1)
+        self.encoder = shared.Encoder(options, strides)
         self.slot_attention = SlotAttention(options.slots, D, iters=options.iters, backend=backend)
         self.decoder, self.broadcast = decoder(options, self.size)
 

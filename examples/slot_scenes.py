@@ -1,11 +1,12 @@
 """Scenes of a few objects, drawn with their exact masks and factors: what the slot attention examples look at.
 
+shapes: 32 x 32, one to four squares, discs, crosses and rings of 9 x 9 pixels, in one of 6 colours, on black, apart.
 tetrominoes: 35 x 35, three pieces of 4 squares of 5 x 5 pixels, in one of 19 shapes and 6 colours, on black, apart.
 sprites: 64 x 64, two to five squares, ellipses and hearts of any position, turn and size (their half width is 7 to 12
 pixels), in one of 8 colours, on a grey; the later hides the earlier, of which at least a third is seen.
 
-They are of the kinds of the data sets Tetrominoes and Multi-dSprites (Kabra et al., 2019), but not those data sets:
-results are not to be compared with tables that are on them. Scene i of a seed is always the same.
+The last two are of the kinds of the data sets Tetrominoes and Multi-dSprites (Kabra et al., 2019), but not those data
+sets: results are not to be compared with tables that are on them. Scene i of a seed is always the same.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TETROMINOES = {
     "I": ["1111"], "O": ["11", "11"], "T": ["111", "010"], "S": ["011", "110"], "Z": ["110", "011"],
     "J": ["100", "111"], "L": ["001", "111"],
 }  # fmt: skip
+SHAPES = ("square", "disc", "cross", "ring")
+SHAPE_SIDE = 9
 SPRITES = ("square", "ellipse", "heart")
 COLOURS = np.array(
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 0.5, 0]], np.float32
@@ -42,7 +45,20 @@ class Kind:
     colours: int
 
 
-KINDS = {"tetrominoes": Kind(35, 3, len(TETROMINOES), 6), "sprites": Kind(64, 5, len(SPRITES), len(COLOURS))}
+KINDS = {
+    "shapes": Kind(32, 4, len(SHAPES), 6),
+    "tetrominoes": Kind(35, 3, len(TETROMINOES), 6),
+    "sprites": Kind(64, 5, len(SPRITES), len(COLOURS)),
+}
+
+
+def shape_masks() -> list[Array]:
+    v, u = np.abs(np.mgrid[:SHAPE_SIDE, :SHAPE_SIDE] - SHAPE_SIDE // 2)
+    far = np.maximum(u, v)
+    return [far >= 0, u**2 + v**2 <= (SHAPE_SIDE / 2) ** 2, np.minimum(u, v) <= 1, far >= SHAPE_SIDE // 2 - 1]
+
+
+MASKS = shape_masks()
 
 
 def turned_pieces() -> list[tuple[int, Array]]:
@@ -56,6 +72,21 @@ def turned_pieces() -> list[tuple[int, Array]]:
 
 
 PIECES = turned_pieces()
+
+
+def shapes(random: np.random.Generator) -> dict[str, Array]:
+    kind = KINDS["shapes"]
+    count = int(random.integers(1, kind.objects + 1))
+    while True:
+        corners = random.integers(kind.size - SHAPE_SIDE + 1, size=(count, 2))
+        distances = np.abs(corners[:, None] - corners).max(-1)[np.triu_indices(count, 1)]
+        if (distances > SHAPE_SIDE).all():
+            break
+    names = random.integers(kind.shapes, size=count)
+    mask = np.zeros((kind.size, kind.size), np.int64)
+    for i, (y, x) in enumerate(corners):
+        mask[y : y + SHAPE_SIDE, x : x + SHAPE_SIDE][MASKS[names[i]]] = i + 1
+    return painted(mask, names, random.integers(kind.colours, size=count), np.zeros(3, np.float32))
 
 
 def tetrominoes(random: np.random.Generator) -> dict[str, Array]:
@@ -106,7 +137,7 @@ def painted(mask: Array, shapes: Array, colours: Array, background: Array) -> di
     return {"image": image, "mask": mask, "shape": shapes, "colour": colours, "centre": np.array(centres, np.float32)}
 
 
-DRAW = {"tetrominoes": tetrominoes, "sprites": sprites}
+DRAW = {"shapes": shapes, "tetrominoes": tetrominoes, "sprites": sprites}
 
 
 class Scenes(Dataset[dict[str, Tensor]]):

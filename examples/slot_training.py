@@ -73,7 +73,7 @@ def present(device: str) -> str:
     return device
 
 
-ScenesArgument = Annotated[str, typer.Option(help="tetrominoes or sprites.", callback=known)]
+ScenesArgument = Annotated[str, typer.Option(help="shapes, tetrominoes or sprites.", callback=known)]
 PaperArgument = Annotated[bool, typer.Option("--paper", help="The paper's network and training.")]
 DimArgument = Annotated[int, typer.Option(min=1, help="Of a slot.")]
 BatchArgument = Annotated[int | None, typer.Option(min=1)]
@@ -132,28 +132,20 @@ class SoftPosition(nn.Module):
 
 
 class Encoder(nn.Module):
-    """An image (B, 3, H, W) to features (B, N, D) of its places, which know where they are."""
+    """An image (B, 3, H, W) to features (B, N, D) of its places, which know where they are.
 
-    def __init__(self, options: Settings) -> None:
+    strides: of the four convolutions. The paper's are all 5 x 5; for a CPU the last two are 3 x 3.
+    """
+
+    def __init__(self, options: Settings, strides: tuple[int, ...]) -> None:
         super().__init__()
         C, D, size = options.channels, options.dim, KINDS[options.scenes].size
-        if options.paper:
-            layers = [
-                nn.Conv2d(3, C, 5, 1, 2),
-                nn.Conv2d(C, C, 5, 1, 2),
-                nn.Conv2d(C, C, 5, 1, 2),
-                nn.Conv2d(C, D, 5, 1, 2),
-            ]
-        else:
-            first = 1 if size < 64 else 2
-            layers = [
-                nn.Conv2d(3, C, 5, first, 2),
-                nn.Conv2d(C, C, 5, 2, 2),
-                nn.Conv2d(C, C, 3, 1, 1),
-                nn.Conv2d(C, D, 3, 1, 1),
-            ]
-            size = math.ceil(math.ceil(size / first) / 2)
-        self.places = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), SoftPosition(D, size))
+        layers: list[nn.Module] = []
+        sides = (5, 5, 5, 5) if options.paper else (5, 5, 3, 3)
+        for before, after, side, stride in zip((3, C, C, C), (C, C, C, D), sides, strides, strict=True):
+            layers += [nn.Conv2d(before, after, side, stride, side // 2), nn.ReLU()]
+            size = math.ceil(size / stride)
+        self.places = nn.Sequential(*layers, SoftPosition(D, size))
         self.features = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
 
     def forward(self, image: Tensor) -> Tensor:

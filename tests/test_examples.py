@@ -106,7 +106,7 @@ def slot_examples() -> dict[str, ModuleType]:
     return {name: load_example(name) for name in names}
 
 
-@pytest.mark.parametrize("kind", ["tetrominoes", "sprites"])
+@pytest.mark.parametrize("kind", ["shapes", "tetrominoes", "sprites"])
 def test_slot_scenes(kind: str, slot_examples: dict[str, ModuleType]) -> None:
     example = slot_examples["slot_scenes"]
     assert len(example.PIECES) == 19 and all(piece.sum() == 4 * 5 * 5 for _, piece in example.PIECES)
@@ -132,12 +132,13 @@ def test_slot_scenes(kind: str, slot_examples: dict[str, ModuleType]) -> None:
             assert image[:, at].equal(colour[:, None].expand(-1, int(at.sum())))
             centre = at.nonzero().double().mean(0) / (settings.size - 1)
             torch.testing.assert_close(scene["centre"][i].double(), centre, rtol=0, atol=1e-6)
-            if kind == "tetrominoes":
+            if kind != "sprites":
                 rows, columns = at.nonzero().amin(0), at.nonzero().amax(0) + 1
                 seen = at[rows[0] : columns[0], rows[1] : columns[1]].numpy()
-                pieces = [piece for shape, piece in example.PIECES if shape == scene["shape"][i]]
+                known = example.PIECES if kind == "tetrominoes" else enumerate(example.MASKS)
+                pieces = [piece for shape, piece in known if shape == scene["shape"][i]]
                 assert any(seen.shape == piece.shape and (seen == piece).all() for piece in pieces)
-    assert counts == ({3} if kind == "tetrominoes" else {2, 3, 4, 5})
+    assert counts == {"shapes": {1, 2, 3, 4}, "tetrominoes": {3}, "sprites": {2, 3, 4, 5}}[kind]
 
 
 def test_slot_discovery_measures_the_adjusted_rand_index(slot_examples: dict[str, ModuleType]) -> None:
@@ -206,22 +207,46 @@ def test_slot_set_prediction(tmp_path: Path, slot_examples: dict[str, ModuleType
     app = Typer()
     app.command()(example.main)
 
-    def run(*args: str) -> None:
-        result = CliRunner().invoke(app, ["--out", str(out), *args])
+    def run(*args: str) -> str:
+        result = CliRunner().invoke(app, ["--out", str(out), *args], env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.output
+        return str(result.output)
 
     size = ("--batch", "2", "--dim", "8", "--channels", "4", "--evaluate-every", "2", "--device", "cpu")
-    run("--scenes", "sprites", *size, "--steps", "4")
-    written = json.loads((out / "curve.json").read_text())
-    assert [point["step"] for point in written["curve"]] == [2, 4]
-    for point in written["curve"]:
-        precisions = [point[name] for name in example.THRESHOLDS]
-        assert precisions == sorted(precisions, reverse=True) and min(precisions) >= 0 and max(precisions) <= 1
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for settings, init in ((("--paper",), "gaussian"), (("--init", "gaussian"), "gaussian"), ((), "learned")):
+        printed = run("--scenes", "sprites", *size, *settings, "--steps", "4")
+        assert "what the slots say" in printed and "the objects of another scene" in printed and "pixels" in printed
+        written = json.loads((out / "curve.json").read_text())
+        assert written["options"]["init"] == init
+        assert [point["step"] for point in written["curve"]] == [2, 4]
+        for point in written["curve"]:
+            precisions = [point[name] for name in example.THRESHOLDS]
+            assert precisions == sorted(precisions, reverse=True) and min(precisions) >= 0 and max(precisions) <= 1
+            assert all(0 <= point[name] <= 1 for name in ("presence", "shape", "colour"))
+        assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     whole = torch.load(out / "last.pt", weights_only=True)
     run("--scenes", "sprites", *size, "--steps", "2")
     run("--resume", "--steps", "4")
     torch.testing.assert_close(torch.load(out / "last.pt", weights_only=True)["network"], whole["network"])
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_slot_set_prediction_learns(paper: bool, slot_examples: dict[str, ModuleType]) -> None:
+    """A few scenes by heart: the loss of what is right is the least, and its gradient leads there."""
+    example, scenes = slot_examples["slot_set_prediction"], slot_examples["slot_scenes"]
+    kind = scenes.KINDS["shapes"]
+    _, wanted = example.test_scenes(scenes.Scenes("shapes", 0, 8))
+    said, cost = torch.zeros_like(wanted).requires_grad_(), example.huber_costs if paper else example.costs
+    said.data.normal_(std=0.1)  # else no slot fits better than another
+    optimizer = torch.optim.Adam([said], 0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        example.set_loss(cost(said, wanted, kind)).backward()
+        optimizer.step()
+    assert example.average_precision(said.sigmoid(), wanted, kind, 1 / 24) == 1
+    said.requires_grad_(False)
+    found = example.rights(said.sigmoid(), wanted, example.matched(cost(said, wanted, kind)), kind)
+    assert found["presence"] == found["shape"] == found["colour"] == 1 and found["off"] < 1 / 24
 
 
 def test_slot_set_prediction_pairs_and_measures(slot_examples: dict[str, ModuleType]) -> None:
@@ -236,8 +261,16 @@ def test_slot_set_prediction_pairs_and_measures(slot_examples: dict[str, ModuleT
         for row in ([1, 0.1, 0.2, 1, 0, 0, 1], [1, 0.8, 0.9, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0])
     ]  # fmt: skip
     order = [2, 0, 1]
-    assert example.matched(wanted[:, order], wanted).tolist() == [order]
-    assert example.set_loss(wanted[:, order], wanted).item() == 0
+    logits = wanted[:, order].logit(1e-6)
+    for cost in (example.costs, example.huber_costs):
+        assert example.matched(cost(logits, wanted, kind)).tolist() == [order]
+        assert example.set_loss(cost(logits, wanted, kind)).item() == pytest.approx(0, abs=1e-4)
+    # A slot that says nothing, of the first object: presence, 2 names of 2, and a centre off by 0.4 and 0.3.
+    nothing = example.costs(torch.zeros_like(wanted), wanted, kind)
+    expected = 3 * math.log(2) + example.PLACE_WEIGHT * 0.7
+    assert nothing[0].tolist() == [pytest.approx([expected, expected, math.log(2)])] * 3
+    huber = example.huber_costs(torch.zeros_like(wanted), wanted, kind)
+    assert huber[0, 0, 0].item() == pytest.approx((5 * 0.5**2 + 0.4**2 + 0.3**2) / 2 / 7)
 
     def measure(said: Tensor, threshold: float = math.inf) -> float:
         result: float = example.average_precision(said, wanted, kind, threshold)
@@ -247,8 +280,24 @@ def test_slot_set_prediction_pairs_and_measures(slot_examples: dict[str, ModuleT
     said = wanted[:, order].clone()
     said[0, 1, :2] += torch.tensor([-0.1, 0.3])  # the first object's slot is less sure, and off by 0.3
     assert measure(said, 0.31) == 1 and measure(said, 0.29) == 0.5
+    assert example.rights(said, wanted, torch.tensor([order]), kind) == {
+        "presence": 1, "shape": 1, "colour": 1, "off": pytest.approx(0.15)
+    }  # fmt: skip
     said = wanted[:, order].clone()
     said[0, 0] = torch.tensor([2.0, 0.1, 0.2, 1, 0, 0, 1])  # surer than all, and takes the first object before its own
     assert measure(said) == pytest.approx((1 + 2 / 3) / 2)
+    wrong = example.rights(said, wanted, torch.tensor([order]), kind)
+    assert wrong["presence"] == pytest.approx(2 / 3) and wrong["shape"] == 1
     said[0, 0, 3:5] = torch.tensor([0.0, 1.0])  # of no object's shape and colour
     assert measure(said) == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
+def test_slot_set_prediction_takes_an_object_once(slot_examples: dict[str, ModuleType]) -> None:
+    """Of two alike the nearest alone counts, as in the paper's code: who comes late has the other one for himself."""
+    example, kind = slot_examples["slot_set_prediction"], slot_examples["slot_scenes"].Kind(10, 2, 1, 1)
+    wanted = torch.tensor([[[1, 0.1, 0.1, 1, 1], [1, 0.9, 0.9, 1, 1]]])
+    said = torch.tensor([[[0.9, 0.2, 0.2, 1, 1], [0.8, 0.3, 0.3, 1, 1]]])
+    assert example.average_precision(said, wanted, kind, math.inf) == 0.5
+    said[0, 1, 1:3] = 0.6
+    assert example.average_precision(said, wanted, kind, math.inf) == 1
+    assert example.average_precision(said, wanted, kind, 0.3) == 0.5
