@@ -5,8 +5,8 @@ centre is, and its shape and colour. For the loss each object is paired with the
 all pairs is least (Hungarian matching). The result is measured by average precision, as in the paper: slots are taken
 in the order of how sure they are that there is an object, and one is right if the nearest object of the same shape and
 colour has its centre within some distance and is no other slot's yet. Beside it stands what the objects of another
-scene would get: a network that knows what scenes are like, but does not look, does no better. The scenes are those of
-slot_scenes.py, drawn anew for every step.
+scene would get, a guess that knows what scenes are like and does not look. The scenes are those of slot_scenes.py,
+drawn anew for every step.
 
     python examples/slot_set_prediction.py                        one to four simple shapes, 32 x 32
     python examples/slot_set_prediction.py --scenes tetrominoes   three of 7 shapes in any turn, 35 x 35: harder
@@ -18,10 +18,10 @@ slot_scenes.py, drawn anew for every step.
 It needs scipy, typer, rich, matplotlib and numpy: pip install "recattn_kernels[examples]".
 
 The paper trains 150,000 steps of 512 scenes, on the Huber loss of all that a slot says, as numbers between 0 and 1. In
-that loss the places, which vary little, hardly count beside the names, and without them the slots do not part. To be
-done on a CPU within minutes three things differ here: the loss, cross-entropy for the names and a distance that weighs
-as much for the places; slots that start from learned vectors, each of which soon has a part of the image that it looks
-after (--init gaussian: from noise, as in the paper; it takes some four times as many steps); and the scenes.
+that loss the places, which vary little, hardly count beside the names, and are learnt last. To be done on a CPU within
+minutes three things differ here: the loss, cross-entropy for the names and a distance that weighs as much for the
+places; slots that start from learned vectors, each of which soon has a part of the image that it looks after (--init
+gaussian: from noise, as in the paper; it takes several times as many steps); and the scenes.
 """
 
 from __future__ import annotations
@@ -79,9 +79,6 @@ class SetPredictor(nn.Module):
         super().__init__()
         D, kind = options.dim, KINDS[options.scenes]
         self.encoder = shared.Encoder(options, strides=(1, 2, 2, 1) if options.paper else (2, 2, 1, 1))
-        for layer in self.encoder.places:
-            if isinstance(layer, nn.Conv2d):  # or the image fades from layer to layer, and the position is louder
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         self.slot_attention = SlotAttention(kind.objects, D, iters=options.iters, init=options.init, backend=backend)
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3 + kind.shapes + kind.colours))
 
