@@ -185,6 +185,17 @@ def test_masked_norm_is_that_of_the_valid_steps() -> None:
     torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_masked_norm_keeps_its_statistics_in_the_dtype_of_x(momentum: float | None) -> None:
+    norm = nn.BatchNorm1d(H, momentum=momentum).double()
+    other = copy.deepcopy(norm)
+    valid = torch.arange(12).view(4, 3, 1) < 8
+    for _ in range(3):  # 8 / 7 and 1 / 3 are no float32
+        x = torch.randn(4, 3, H, dtype=torch.float64)
+        batch_norm(norm, x, valid), other(x[valid.squeeze(-1)])
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(other.named_buffers()), rtol=1e-13, atol=1e-15)
+
+
 def test_packed_sorted_and_unsorted_agree() -> None:
     generator = torch.Generator().manual_seed(5)
     layer = IndRNN(D, H, 2, bidirectional=True, dtype=torch.float64)

@@ -37,7 +37,7 @@ def _masked(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor:
     count = valid.sum()
     if count.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_count(int(count))
-    n = count.clamp(min=1)
+    n = count.clamp(min=1).to(v.dtype)  # with integers and bools a number would have torch's default dtype
     mean = v.sum(dims) / n
     centred = torch.where(valid, v - mean, 0.0)
     var = centred.square().sum(dims) / n
@@ -45,9 +45,9 @@ def _masked(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor:
         with torch.no_grad():
             assert norm.num_batches_tracked is not None
             norm.num_batches_tracked.add_(1)
-            momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            momentum = norm.num_batches_tracked.to(v.dtype).reciprocal() if norm.momentum is None else norm.momentum
             # A batch without two valid steps has no variance; where it could not be refused, it leaves no trace.
-            momentum = momentum * (count > 1)
+            momentum = momentum * (count > 1).to(v.dtype)
             unbiased = var * (n / (n - 1).clamp(min=1))
             for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
                 running.copy_(running + momentum * (batch - running))
