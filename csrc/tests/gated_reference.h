@@ -165,7 +165,10 @@ class GatedReference {
         const auto slope = [&](int64_t at) { return a[at] * (1 - a[at]); };
         if (c.cell == Cell::rnn_tanh || c.cell == Cell::rnn_relu) {
           const Activation activation = c.cell == Cell::rnn_relu ? Activation::relu : Activation::tanh;
-          for (int64_t i = 0; i < H; ++i) dx[i] = dq[i] = dnew[i] * act_derivative(activation, a[i], 0);
+          for (int64_t i = 0; i < H; ++i) {
+            const double derivative = act_derivative(activation, a[i], 0);
+            dx[i] = dq[i] = masks(activation) && derivative == 0 ? 0 : dnew[i] * derivative;
+          }
         }
         if (c.cell == Cell::lstm) {
           for (int64_t i = 0; i < H; ++i) {

@@ -164,7 +164,8 @@ class Test {
         Number g = c.grad_output ? flow + Number{dy.value(t, b, h), 0} : flow;
         if (g.value > c.limit()) g.value = c.limit();
         if (g.value < -c.limit()) g.value = -c.limit();
-        g = g * derivative_at(output.value(t, b, h));
+        const Number d = derivative_at(output.value(t, b, h));
+        g = masks(c.activation) && d.value == 0 ? Number() : g * d;
         exact[index(t, b, h)] = g;
         double prev = 0.0;  // not nothing where there is no state: 0 times NaN is NaN
         if (!resets(t, b) && !first) prev = output.value(before, b, h);
