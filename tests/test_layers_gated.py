@@ -323,3 +323,37 @@ def test_states_carried_over_chunks_give_the_whole() -> None:
         first, hx = layer(x[:3])
         second, hx = layer(x[3:], hx)
         torch.testing.assert_close((torch.cat((first, second)), hx), (output, last))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_rows_give_what_padded_ones_give(name: str, dtype: torch.dtype) -> None:
+    lengths = [7, 11, 1, 11, 4, 9, 2, 10, 6]
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randn(n, D, generator=generator).to(dtype).requires_grad_() for n in lengths]
+    for layer_norm, bidirectional in itertools.product([False, True], [False, True]):
+        layer = LAYERS[name](
+            D, 33, 2, bidirectional=bidirectional, layer_norm=layer_norm, zoneout=0.2, dtype=dtype, backend="cpp"
+        ).eval()
+        randomise(layer, generator)
+        padded, packed = (
+            results_and_grads(layer, lambda m, form=form: call(m, form, rows, None, None), rows)
+            for form in ("lengths", "packed")
+        )
+        # The backward over time, and the sums for weights that follow it, take a row's steps in the same order; but the
+        # rows come longest first, and biases and projections are summed over all of them.
+        torch.testing.assert_close(packed[0], padded[0], rtol=0, atol=0)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.5}
+        torch.testing.assert_close(packed[1], padded[1], **tolerance)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_rows_have_second_derivatives(name: str) -> None:
+    layer = LAYERS[name](D, H, dtype=torch.float64, backend="cpp")
+    rows = [torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in (2, 4, 3)]
+
+    def output(*rows: Tensor) -> Tensor:
+        packed, last = layer(pack_sequence(rows, enforce_sorted=False))
+        return torch.cat([t.flatten() for t in (packed.data, *flat(last))])
+
+    assert torch.autograd.gradgradcheck(output, rows)

@@ -40,15 +40,16 @@ P indrnn(const IndrnnArguments& arguments) {
 using Four = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 // What both directions of a gated recurrence take, in one tuple: sizes, dtype, cell, weight_hh, bias_hh, layer norm, h0,
-// c0, reset, lengths, reverse, zoneout's rates and masks, threads.
+// c0, reset, lengths, starts, reverse, zoneout's rates and masks, threads.
 using GatedArguments = std::tuple<std::tuple<int64_t, int64_t, int64_t>, int, int, uintptr_t, uintptr_t, Four, uintptr_t,
-                                  uintptr_t, Strided, uintptr_t, bool, std::tuple<double, double>, Strided, Strided, int>;
+                                  uintptr_t, Strided, uintptr_t, uintptr_t, bool, std::tuple<double, double>, Strided,
+                                  Strided, int>;
 
 template <class P>
 P gated(const GatedArguments& arguments) {
   P p{};
-  const auto& [sizes, dtype, cell, weight_hh, bias_hh, norm, h0, c0, reset, lengths, reverse, zoneout, keep_h, keep_c,
-               threads] = arguments;
+  const auto& [sizes, dtype, cell, weight_hh, bias_hh, norm, h0, c0, reset, lengths, starts, reverse, zoneout, keep_h,
+               keep_c, threads] = arguments;
   std::tie(p.T, p.B, p.H) = sizes;
   p.dtype = Dtype(dtype);
   p.cell = Cell(cell);
@@ -62,6 +63,7 @@ P gated(const GatedArguments& arguments) {
   p.c0 = pointer(c0);
   p.reset = mask(reset);
   p.lengths = pointer<int64_t>(lengths);
+  p.starts = pointer<int64_t>(starts);
   p.reverse = reverse;
   std::tie(p.zoneout_h, p.zoneout_c) = zoneout;
   p.keep_h = mask(keep_h);

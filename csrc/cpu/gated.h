@@ -32,8 +32,13 @@ constexpr double LAYER_NORM_EPS = 1e-5;
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-RECATTN_FN void* place(const Sequence& s, Dtype dtype, int64_t t, int64_t b, int64_t offset = 0) {
-  return static_cast<char*>(s.data) + (t * s.stride_t + b * s.stride_b + offset) * size_of(dtype);
+// Where row b of step t is: its number in what has no gaps, its first element in a sequence, and its memory.
+RECATTN_FN int64_t row_of(const Gated& p, int64_t t, int64_t b) { return p.starts ? p.starts[t] + b : t * p.B + b; }
+RECATTN_FN int64_t offset(const Gated& p, const Sequence& s, int64_t t, int64_t b) {
+  return p.starts ? row_of(p, t, b) * s.stride_b : t * s.stride_t + b * s.stride_b;
+}
+RECATTN_FN void* place(const Gated& p, const Sequence& s, int64_t t, int64_t b, int64_t element = 0) {
+  return static_cast<char*>(s.data) + (offset(p, s, t, b) + element) * size_of(p.dtype);
 }
 
 // n elements of a sequence in the type that they are computed in: themselves, or a copy in `buffer`.

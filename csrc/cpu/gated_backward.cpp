@@ -111,15 +111,15 @@ class Backward {
 
   // The gradients past the row's length, and those that come from the states after the last step.
   void start_row(int64_t b) {
-    for (int64_t t = steps_of(p, b); t < p.T; ++t) {
-      memset(place(p.grad_x, p.dtype, t, b), 0, G * p.H * size_of(p.dtype));
+    for (int64_t t = steps_of(p, b); t < p.T && !p.starts; ++t) {
+      memset(place(p, p.grad_x, t, b), 0, G * p.H * size_of(p.dtype));
     }
     copy_or_zero(flow_h + b * p.H, p.grad_h_n, b * p.H, p.H);
     if (LSTM) copy_or_zero(flow_c + b * p.H, p.grad_c_n, b * p.H, p.H);
   }
 
   R* dq(int64_t t, int64_t b) const {
-    return static_cast<R*>(grad_q.data) + t * grad_q.stride_t + b * grad_q.stride_b;
+    return static_cast<R*>(grad_q.data) + offset(p, grad_q, t, b);
   }
 
   struct Local {
@@ -186,25 +186,26 @@ class Backward {
 
   // What this step writes of a row and the next one reads.
   void ask_for(int64_t t, int64_t b, int64_t i) const {
-    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), next = p.reverse ? t + 1 : t - 1;
+    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), later = p.reverse ? t + 1 : t - 1;
+    const int64_t next = later >= 0 && later < p.T ? later : t;
     for (int g = 0; g < KEPT && p.gates; ++g) fetch(kept(p.gates, KEPT, next, b) + g * p.H + j, n * sizeof(R));
     if (LSTM) fetch(kept(p.cells, 1, next, b) + j, n * sizeof(R));
-    if (p.grad_output.data) fetch(place(p.grad_output, p.dtype, next, b, j), n * size_of(p.dtype));
+    if (p.grad_output.data) fetch(place(p, p.grad_output, next, b, j), n * size_of(p.dtype));
     for (int g = 0; g < G; ++g) {
       fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
-      if (p.grad_q) fetch<1>(place(p.grad_x, p.dtype, t, b, g * p.H + j), n * size_of(p.dtype));
+      if (p.grad_q) fetch<1>(place(p, p.grad_x, t, b, g * p.H + j), n * size_of(p.dtype));
     }
   }
 
   const R* kept(const void* tensor, int64_t values, int64_t t, int64_t b) const {
-    return static_cast<const R*>(tensor) + (t * p.B + b) * values * p.H;
+    return static_cast<const R*>(tensor) + row_of(p, t, b) * values * p.H;
   }
 
   // h[t-1], in R. At the first step and after a reset it is no row of output.
   RECATTN_FN const R* h_before(int64_t t, int64_t b, int64_t j, int64_t n, R* buffer) const {
     if (resets(p, t, b)) return zeros + j;
     if (taken_before(p, t, b) == 0) return p.h0 ? static_cast<const R*>(p.h0) + b * p.H + j : zeros + j;
-    return widened(p.dtype, place(p.output, p.dtype, p.reverse ? t + 1 : t - 1, b, j), buffer, n);
+    return widened(p.dtype, place(p, p.output, p.reverse ? t + 1 : t - 1, b, j), buffer, n);
   }
   const R* c_before(int64_t t, int64_t b, int64_t j) const {
     if (resets(p, t, b)) return zeros + j;
@@ -233,7 +234,7 @@ class Backward {
     arrive(t, b, j, n, flow, dh, local + width);
     split_h.split(t, b, j, dh, flow, n);
     if constexpr (C == Cell::rnn_tanh || C == Cell::rnn_relu) {
-      rnn_row<C>(gates ? gates : widened(p.dtype, place(p.output, p.dtype, t, b, j), local + width, n), dh, to, n);
+      rnn_row<C>(gates ? gates : widened(p.dtype, place(p, p.output, t, b, j), local + width, n), dh, to, n);
     } else if constexpr (LSTM) {
       R *dc = local + width, *stays = local + 2 * width, *squashed = local + 3 * width, *flow_to = flow_c + b * p.H + j;
       const R* c = c_before(t, b, j);
@@ -246,16 +247,16 @@ class Backward {
     } else if constexpr (C == Cell::gru) {
       R* dn = local + 2 * width;
       gru_row(gates, h_before(t, b, j, n, local + width), dh, flow, dn, to, p.H, n);
-      narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, 2 * p.H + j), dn, n);
+      narrowed(p.dtype, place(p, p.grad_x, t, b, 2 * p.H + j), dn, n);
     } else {
       gru_before_row(gates, h_before(t, b, j, n, local + width), dh, flow, to, p.H, n);
     }
     if (p.grad_q) {
       for (int g = 0; g < (G == 3 ? 2 : G); ++g) {
         if (BEFORE && g == 0) continue;  // reset_gate()
-        narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, g * p.H + j), to + g * p.H, n);
+        narrowed(p.dtype, place(p, p.grad_x, t, b, g * p.H + j), to + g * p.H, n);
       }
-      if (BEFORE) narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, 2 * p.H + j), to + 2 * p.H, n);
+      if (BEFORE) narrowed(p.dtype, place(p, p.grad_x, t, b, 2 * p.H + j), to + 2 * p.H, n);
     }
     // gru_before still adds to it in reset_gate().
     if (!BEFORE && resets(p, t, b)) memset(flow, 0, n * sizeof(R));
@@ -264,7 +265,7 @@ class Backward {
   // dh = clip(dy + flow)
   RECATTN_FN void arrive(int64_t t, int64_t b, int64_t j, int64_t n, const R* flow, R* dh, R* buffer) const {
     if (p.grad_output.data) {
-      const R* dy = widened(p.dtype, place(p.grad_output, p.dtype, t, b, j), buffer, n);
+      const R* dy = widened(p.dtype, place(p, p.grad_output, t, b, j), buffer, n);
       RECATTN_INDEPENDENT
       for (int64_t i = 0; i < n; ++i) dh[i] = clamp_symmetric(dy[i] + flow[i], clip);
     } else {
@@ -287,7 +288,7 @@ class Backward {
     const R *r = kept(p.gates, KEPT, t, b) + j, *h = h_before(t, b, j, n, local);
     R *to = dq(t, b) + j, *flow = flow_h + b * p.H + j;
     gru_reset_row(r, h, sum, flow, to, n);
-    narrowed(p.dtype, place(p.grad_x, p.dtype, t, b, j), to, n);
+    narrowed(p.dtype, place(p, p.grad_x, t, b, j), to, n);
     if (resets(p, t, b)) memset(flow, 0, n * sizeof(R));
   }
 
@@ -308,7 +309,7 @@ class Backward {
       if (!p.ln_weight) return;
       const R* weight = static_cast<const R*>(p.ln_weight);
       for (int64_t i = 0; i < G * p.H; ++i) grad[i] *= weight[i];
-      normalise_backward(grad, normed, static_cast<const R*>(p.rstd)[t * p.B + b], G * p.H);
+      normalise_backward(grad, normed, static_cast<const R*>(p.rstd)[row_of(p, t, b)], G * p.H);
     }
   }
 
@@ -347,7 +348,7 @@ class Backward {
         term.times = times_r ? own.kept(p.gates, KEPT, t, b) : nullptr;
         term.wide = reset || first;
         if (!term.wide) {
-          term.state = place(p.output, p.dtype, p.reverse ? t + 1 : t - 1, b);
+          term.state = place(p, p.output, p.reverse ? t + 1 : t - 1, b);
         } else {
           term.state = !reset && p.h0 ? static_cast<const R*>(p.h0) + b * p.H : own.zeros;
         }

@@ -101,7 +101,7 @@ class Forward {
   // The outputs past the row's length, and the states of a row that takes no step.
   void start_row(int64_t b) {
     const int64_t steps = steps_of(p, b);
-    for (int64_t t = steps; t < p.T; ++t) memset(place(p.output, p.dtype, t, b), 0, p.H * size_of(p.dtype));
+    for (int64_t t = steps; t < p.T && !p.starts; ++t) memset(place(p, p.output, t, b), 0, p.H * size_of(p.dtype));
     if (steps > 0) return;
     copy_or_zero(static_cast<R*>(p.h_n) + b * p.H, p.h0, b * p.H, p.H);
     if (C == Cell::lstm) copy_or_zero(static_cast<R*>(p.c_n) + b * p.H, p.c0, b * p.H, p.H);
@@ -178,14 +178,14 @@ class Forward {
     const auto add = [&](const void* from, int64_t stride, int64_t size) {
       ahead.add(reinterpret_cast<uintptr_t>(from), stride * size, least(n, p.H - j) * size, b1 - b0);
     };
-    for (int g = 0; g < G; ++g) add(place(p.x, p.dtype, t, b0, g * p.H + j), p.x.stride_b, size_of(p.dtype));
+    for (int g = 0; g < G; ++g) add(place(p, p.x, t, b0, g * p.H + j), p.x.stride_b, size_of(p.dtype));
     for (int g = 0; g < KEPT && p.gates; ++g) add(kept(p.gates, KEPT, t, b0) + g * p.H + j, KEPT * p.H, sizeof(R));
     if (p.cells) add(kept(p.cells, 1, t, b0) + j, p.H, sizeof(R));
-    add(place(p.output, p.dtype, t, b0, j), p.output.stride_b, size_of(p.dtype));
+    add(place(p, p.output, t, b0, j), p.output.stride_b, size_of(p.dtype));
   }
 
   R* kept(void* tensor, int64_t values, int64_t t, int64_t b) const {
-    return static_cast<R*>(tensor) + (t * p.B + b) * values * p.H;
+    return static_cast<R*>(tensor) + row_of(p, t, b) * values * p.H;
   }
 
   // q[gate * stride + i]: units j to j + n of weight_hh h.
@@ -243,7 +243,7 @@ class Forward {
         const R rstd = normalise(q, q, G * p.H);
         if (p.normed) {
           memcpy(kept(p.normed, G, t, b), q, G * p.H * sizeof(R));
-          static_cast<R*>(p.rstd)[t * p.B + b] = rstd;
+          static_cast<R*>(p.rstd)[row_of(p, t, b)] = rstd;
         }
         RECATTN_INDEPENDENT
         for (int64_t i = 0; i < G * p.H; ++i) q[i] = q[i] * weight[i] + ln_bias[i];
@@ -254,7 +254,7 @@ class Forward {
 
   RECATTN_FN void inputs(int64_t t, int64_t b, int64_t j, int64_t n, const Local& local, const R** x) const {
     for (int g = 0; g < G; ++g) {
-      x[g] = widened(p.dtype, place(p.x, p.dtype, t, b, g * p.H + j), local.memory + g * width, n);
+      x[g] = widened(p.dtype, place(p, p.x, t, b, g * p.H + j), local.memory + g * width, n);
     }
   }
   RECATTN_FN void outputs(int64_t t, int64_t b, int64_t j, const Local& local, R** gates) const {
@@ -289,7 +289,7 @@ class Forward {
 
   RECATTN_FN void leave(int64_t t, int64_t b, int64_t j, int64_t n, const R* h, R* next) const {
     mix_h.mix(t, b, j, h, next, n);
-    narrowed(p.dtype, place(p.output, p.dtype, t, b, j), next, n);
+    narrowed(p.dtype, place(p, p.output, t, b, j), next, n);
   }
 
   // h = o * tanh(c), with layer norm o * tanh(LN(c)), where n is the whole row.
@@ -325,7 +325,7 @@ class Forward {
   // n = tanh(x_n + q_n) with q of r * h;  h = (1 - z) * n + z * h
   RECATTN_FN void second_gate(int64_t t, int64_t b, int64_t j, int64_t n, const R* q, const Local& local) {
     if constexpr (BEFORE) {
-      const R* x = widened(p.dtype, place(p.x, p.dtype, t, b, 2 * p.H + j), local.memory, n);
+      const R* x = widened(p.dtype, place(p, p.x, t, b, 2 * p.H + j), local.memory, n);
       const R *h = h_before(t, b) + j, *bias_n = bias + 2 * p.H + j;
       const R* z = (p.gates ? kept(p.gates, KEPT, t, b) : gates_before + b * 2 * p.H) + p.H + j;
       R* candidate = p.gates ? kept(p.gates, KEPT, t, b) + 2 * p.H + j : local.memory + G * width;

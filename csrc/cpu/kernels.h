@@ -74,6 +74,8 @@ struct ColumnSum {
 enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_before };  // gru_before: the reset gate before the product
 
 // G gates: 1 (rnn), 4 (lstm: i f g o), 3 (gru: r z n). R is float, or double beside float64 sequences.
+// Packed: the rows of a step are those that take it, right after those of the step before, the first of them at
+// starts[t]. Lengths do not grow with b then, and the masks are not packed.
 struct Gated {
   int64_t T, B, H;
   Cell cell;
@@ -85,6 +87,7 @@ struct Gated {
   const void *h0, *c0;                    // (B, H) or null
   Mask reset;                             // (T, B)
   const int64_t* lengths;                 // (B,) or null
+  const int64_t* starts;                  // (T,): the sequences and what is kept are packed; null: they are not
   bool reverse;
   double zoneout_h, zoneout_c;            // the share of the state before that stays, where there is no mask
   Mask keep_h, keep_c;                    // (T, B, H): where the state before stays

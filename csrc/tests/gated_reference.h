@@ -14,7 +14,7 @@ using Numbers = std::vector<double>;
 struct GatedCase {
   int64_t T, B, H;
   Cell cell;
-  bool bias, ln, h0, c0, reset, lengths, reverse, clip, grad_output, grad_h_n, grad_c_n, nan;
+  bool bias, ln, h0, c0, reset, lengths, packed, reverse, clip, grad_output, grad_h_n, grad_c_n, nan;
   int zoneout;  // 0: none, 1: masks, 2: rates
   int threads;
 

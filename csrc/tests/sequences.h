@@ -7,6 +7,7 @@
 
 #include <new>
 #include <random>
+#include <vector>
 
 #include "reference.h"
 
@@ -85,44 +86,62 @@ struct Canaries : Buffer<T> {
   }
 };
 
-enum class Layout { dense, padded, batch_first, expanded };  // expanded: one step stands for them all
+// expanded: one step stands for them all; packed: of each step there are only the rows that take it
+enum class Layout { dense, padded, batch_first, expanded, packed };
+
+// Where the rows of each step begin among those of all steps: none, without lengths.
+inline std::vector<int64_t> starts_of(int64_t T, const std::vector<int64_t>& lengths) {
+  std::vector<int64_t> starts;
+  for (int64_t t = 0, rows = 0; t < T && !lengths.empty(); ++t) {
+    starts.push_back(rows);
+    for (const int64_t length : lengths) rows += t < length;
+  }
+  return starts;
+}
 
 // A (T, B, width) tensor. padding: elements after each row and after the rows of each step; none where it is dense or
-// expanded.
+// expanded, nor after the steps of a packed one. lengths: of a packed one, not growing with b.
 template <class S>
 class Rows {
  public:
-  Rows(int64_t T, int64_t B, int64_t width, Layout layout, int64_t padding)
+  Rows(int64_t T, int64_t B, int64_t width, Layout layout, int64_t padding, const std::vector<int64_t>& lengths = {})
       : T(T), B(B), width(width), pad(layout == Layout::dense || layout == Layout::expanded ? 0 : padding),
         stride_t(layout == Layout::expanded      ? 0
                  : layout == Layout::batch_first ? width + pad
                                                  : B * (width + pad) + pad),
         stride_b(layout == Layout::batch_first ? T * (width + pad) + pad : width + pad),
-        memory(T * B * width == 0 ? 0 : (T - 1) * stride_t + (B - 1) * stride_b + width) {}
-  S& at(int64_t t, int64_t b, int64_t i) { return memory[t * stride_t + b * stride_b + i]; }
+        lengths(layout == Layout::packed ? lengths : std::vector<int64_t>()), starts(starts_of(T, this->lengths)),
+        memory(size()) {}
+  S& at(int64_t t, int64_t b, int64_t i) { return memory[place(t, b) + i]; }
   double value(int64_t t, int64_t b, int64_t i) { return Type<S>::value(at(t, b, i)); }
   Sequence sequence() const { return {memory.data, stride_t, stride_b}; }
   void clear() { memory.clear(); }
 
-  // Calls f(t, b, element) for each element.
+  // Calls f(t, b, element) for each element that there is.
   template <class F>
   void each(F f) {
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t b = 0; b < B; ++b) {
-        for (int64_t i = 0; i < width; ++i) f(t, b, at(t, b, i));
+        for (int64_t i = 0; i < width && there(t, b); ++i) f(t, b, at(t, b, i));
       }
     }
   }
+  // Those of all T * B rows: 0 where there is none.
   std::vector<double> values() {
-    std::vector<double> numbers;
-    each([&](int64_t, int64_t, S& v) { numbers.push_back(Type<S>::value(v)); });
+    std::vector<double> numbers(T * B * width);
+    for (int64_t i = 0; i < T * B * width; ++i) {
+      const int64_t t = i / width / B, b = i / width % B;
+      if (there(t, b)) numbers[i] = value(t, b, i % width);
+    }
     return numbers;
   }
 
   bool padding_is_intact() {
     std::vector<char> used(memory.size);
     for (int64_t t = 0; t < T; ++t) {
-      for (int64_t b = 0; b < B && width > 0; ++b) memset(&used[t * stride_t + b * stride_b], 1, width);
+      for (int64_t b = 0; b < B && width > 0; ++b) {
+        if (there(t, b)) memset(&used[place(t, b)], 1, width);
+      }
     }
     const S untouched = canary<S>();
     for (int64_t i = 0; i < memory.size; ++i) {
@@ -132,7 +151,20 @@ class Rows {
   }
 
  private:
+  bool there(int64_t t, int64_t b) const { return lengths.empty() || t < lengths[b]; }
+  int64_t place(int64_t t, int64_t b) const {
+    return lengths.empty() ? t * stride_t + b * stride_b : (starts[t] + b) * stride_b;
+  }
+  int64_t size() const {
+    if (T * B * width == 0) return 0;
+    if (lengths.empty()) return place(T - 1, B - 1) + width;
+    int64_t rows = 0;
+    for (const int64_t length : lengths) rows += length;
+    return rows == 0 ? 0 : (rows - 1) * stride_b + width;
+  }
+
   const int64_t T, B, width, pad, stride_t, stride_b;
+  const std::vector<int64_t> lengths, starts;
   Canaries<S> memory;
 };
 

@@ -1,4 +1,6 @@
 // csrc/cpu/gated_*.cpp against gated_reference.h.
+#include <algorithm>
+#include <numeric>
 #include <string>
 
 #include "gated_reference.h"
@@ -19,7 +21,8 @@ class GatedTest {
 
  public:
   GatedTest(const GatedCase& c, Random& random)
-      : c(c), random(random), in(c), x(rows(c.G() * c.H)), dy(rows(c.H)), output(rows(c.H)), dx(rows(c.G() * c.H)),
+      : c(c), random(random), in(c), lengths(draw_lengths()),
+        starts(c.packed ? starts_of(c.T, lengths) : std::vector<int64_t>()), x(rows(c.G() * c.H)), dy(rows(c.H)), output(rows(c.H)), dx(rows(c.G() * c.H)),
         dh_n(c.B * c.H), dc_n(c.B * c.H), reference(this->c, reset, lengths, keep_h, keep_c) {
     const double scale = 1.5 / std::sqrt(double(c.H));
     draw(true, c.G() * c.H * c.H, scale, weight, in.weight);
@@ -32,9 +35,6 @@ class GatedTest {
     draw(c.c0, c.B * c.H, 1, c0, in.c0);
     draw(c.grad_h_n, c.B * c.H, 1, grad_h_n, dh_n);
     draw(c.grad_c_n && c.cell == Cell::lstm, c.B * c.H, 1, grad_c_n, dc_n);
-    for (int64_t b = 0, kind = random() % 3; c.lengths && b < c.B; ++b, ++kind) {
-      lengths.push_back(kind % 3 == 0 ? 0 : kind % 3 == 1 ? c.T : int64_t(random() % uint64_t(c.T + 1)));
-    }
     for (int64_t i = 0; c.reset && i < c.T * c.B; ++i) reset.push_back(random() % 4 == 0);
     for (int64_t i = 0; c.zoneout == 1 && i < c.T * c.B * c.H; ++i) {
       keep_h.push_back(random() % 4 == 0);
@@ -46,8 +46,9 @@ class GatedTest {
       });
     }
     if (c.nan && c.T * c.B > 0) {
-      x.at(c.T / 2, c.B / 2, c.H / 2) = canary<S>();
-      dy.at(c.T / 2, 0, 0) = canary<S>();
+      const int64_t t = c.packed ? 0 : c.T / 2, b = c.packed ? 0 : c.B / 2;  // a row that there is
+      if (!reference.ended(t, b) || !c.packed) x.at(t, b, c.H / 2) = canary<S>();
+      if (!reference.ended(t, 0) || !c.packed) dy.at(t, 0, 0) = canary<S>();
     }
     in.x = x.values();
     grad_output = dy.values();
@@ -65,7 +66,20 @@ class GatedTest {
 
  private:
   bool coin() { return random() % 2 == 0; }
+  std::vector<int64_t> draw_lengths() {
+    std::vector<int64_t> drawn;
+    for (int64_t b = 0, kind = random() % 3; c.lengths && b < c.B; ++b, ++kind) {
+      drawn.push_back(kind % 3 == 0 ? 0 : kind % 3 == 1 ? c.T : int64_t(random() % uint64_t(c.T + 1)));
+    }
+    if (c.packed) std::sort(drawn.rbegin(), drawn.rend());
+    return drawn;
+  }
+  // How many rows of what is kept there are.
+  int64_t kept_rows() const {
+    return starts.empty() ? c.T * c.B : std::accumulate(lengths.begin(), lengths.end(), int64_t(0));
+  }
   Rows<S> rows(int64_t width) {
+    if (c.packed) return {c.T, c.B, width, Layout::packed, coin() ? 0 : 3, lengths};
     const Layout layout = coin() ? Layout::batch_first : Layout::padded;
     return {c.T, c.B, width, layout, coin() ? 0 : 3};
   }
@@ -85,7 +99,7 @@ class GatedTest {
                         number(c.zoneout);
     const std::pair<bool, const char*> options[] = {
         {c.bias, ", bias"}, {c.ln, ", ln"}, {c.h0, ", h0"}, {c.c0, ", c0"}, {c.reset, ", reset"},
-        {c.lengths, ", lengths"}, {c.reverse, ", reverse"}, {c.clip, ", clip"}, {c.nan, ", NaN"},
+        {c.lengths, ", lengths"}, {c.packed, ", packed"}, {c.reverse, ", reverse"}, {c.clip, ", clip"}, {c.nan, ", NaN"},
         {c.grad_output, ", grad_output"}, {c.grad_h_n, ", grad_h_n"}, {c.grad_c_n, ", grad_c_n"}};
     for (const auto& [on, word] : options) words += on ? word : "";
     return words;
@@ -131,6 +145,7 @@ class GatedTest {
     p.c0 = data(c0);
     p.reset = {data(reset), c.B, 1};
     p.lengths = data(lengths);
+    p.starts = data(starts);
     p.reverse = c.reverse;
     p.zoneout_h = c.rate_h();
     p.zoneout_c = c.rate_c();
@@ -140,7 +155,7 @@ class GatedTest {
   }
 
   void check_forward(const Isa& isa) {
-    const int64_t values = c.cell == Cell::gru ? 4 : c.G(), rows = c.T * c.B;
+    const int64_t values = c.cell == Cell::gru ? 4 : c.G(), rows = kept_rows();
     gates = canaries<R>(rows * values * c.H);
     cells = canaries<R>(c.cell == Cell::lstm ? rows * c.H : 0);
     normed = canaries<R>(c.ln ? rows * c.G() * c.H : 0);
@@ -176,7 +191,7 @@ class GatedTest {
       if (reference.ended(t, b)) v = canary<S>();
     });
     const bool simple = (c.cell == Cell::rnn_tanh || c.cell == Cell::rnn_relu || c.cell == Cell::lstm) && !NARROW;
-    std::vector<R> grad_q = canaries<R>(simple && !c.ln && coin() ? 0 : c.T * c.B * size);
+    std::vector<R> grad_q = canaries<R>(simple && !c.ln && coin() ? 0 : kept_rows() * size);
     std::vector<R> grad_h0 = canaries<R>(c.B * c.H), grad_c0 = canaries<R>(c.cell == Cell::lstm ? c.B * c.H : 0);
     std::vector<R> grad_weight = canaries<R>(size * c.H), grad_bias = canaries<R>(size);
     std::vector<R> grad_ln_weight = canaries<R>(size), grad_ln_bias = canaries<R>(size);
@@ -226,12 +241,12 @@ class GatedTest {
   Random& random;
   std::string name;
   GatedTensors in;
+  const std::vector<int64_t> lengths, starts;
   Rows<S> x, dy, output, dx;
   Numbers grad_output, dh_n, dc_n;
   std::vector<R> weight, bias, ln_weight, ln_bias, ln_c_weight, ln_c_bias, h0, c0, grad_h_n, grad_c_n;
   std::vector<R> gates, cells, normed, rstd;  // as the kernel kept them
   std::vector<uint8_t> reset, keep_h, keep_c;
-  std::vector<int64_t> lengths;
   GatedReference reference;
 };
 
@@ -307,6 +322,7 @@ int test_gated(const std::vector<Isa>& isas) {
       *option = random() % 2 == 0;
     }
     if (c.cell == Cell::gru_before) c.ln = false;
+    c.packed = c.lengths && random() % 2 == 0;
     c.nan = random() % 8 == 0;
     c.zoneout = int(random() % 3);
     c.threads = 1 + int(random() % 3);

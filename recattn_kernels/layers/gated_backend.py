@@ -64,7 +64,7 @@ def fused_runs(
     table = TABLES[op]
     x = torch.empty((), dtype=dtype, device=weight_hh.device).expand(T, B, CELLS[cell] * weight_hh.shape[1])
     lengths = None if packed is None else Packed(packed).lengths
-    call = Call(x, weight_hh, *(None,) * 8, lengths, None, None, cell, 0.0, 0.0, False, False, False, None)
+    call = Call(x, weight_hh, *(None,) * 8, lengths, None, None, None, cell, 0.0, 0.0, False, False, False, None)
     for backend in table:  # noqa: SIM110  (every call asks, and a generator is a frame more)
         if backends.refusal(backend, table, call) is None:
             return True

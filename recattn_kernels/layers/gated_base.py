@@ -17,12 +17,14 @@ from recattn_kernels.layers.packing import Packed, Padded
 from recattn_kernels.layers.projection import project
 from recattn_kernels.layers.tracing import unscriptable
 from recattn_kernels.ops import sequence
-from recattn_kernels.ops.gated.api import pair
-from recattn_kernels.ops.gru.api import gru
-from recattn_kernels.ops.lstm.api import lstm
-from recattn_kernels.ops.rnn.api import rnn
+from recattn_kernels.ops.gated.api import pair, run
+from recattn_kernels.ops.gru import api as gru
+from recattn_kernels.ops.lstm import api as lstm
+from recattn_kernels.ops.rnn import api as rnn
 
 Self = TypeVar("Self", bound="Gated")
+OPS: dict[str, Any] = {"rnn": rnn, "lstm": lstm, "gru": gru}
+
 States = tuple[Tensor, ...]  # (h,), in the LSTM (h, c)
 
 MANY = 64  # steps, or rows, where the rule that chooses a backend may not ask how many
@@ -271,27 +273,30 @@ class Gated(nn.Module):
             "bias_hh": b_hh, "layer_norm": norm, "zoneout": self.zoneout, "training": self.training,
             "grad_clip": self.grad_clip, "reset": reset,
         }  # fmt: skip
-        if batch is not None:
-            x = batch.pad(x)
-            options |= {"lengths": batch.lengths, "batch_first": batch.batch_first}
-            options["reverse"] = suffix.endswith("_reverse")
-        output, last = self._run(x, weight_hh, states, suffix, backend, options)
-        return output if batch is None else batch.pack(output), last
+        if batch is None:
+            return self._run(x, weight_hh, states, suffix, backend, options)
+        options |= {"lengths": batch.lengths, "batch_first": batch.batch_first, "reverse": suffix.endswith("_reverse")}
+        if isinstance(batch, Packed) and not batch.even and getattr(self, "proj_size", 0) == 0:
+            return self._run(x, weight_hh, states, suffix, backend, options | {"batch_sizes": batch.batch_sizes})
+        output, last = self._run(batch.pad(x), weight_hh, states, suffix, backend, options)
+        return batch.pack(output), last
 
     def _run(
         self, x: Tensor, weight_hh: Tensor, states: Any, suffix: str, backend: str, options: dict[str, Any]
     ) -> tuple[Tensor, States]:
         if getattr(self, "proj_size", 0) > 0:
             return lstmp(x, weight_hh, getattr(self, "weight_hr" + suffix), states, backend=backend, **options)
-        if self._op == "lstm":
-            return lstm(x, weight_hh, states, backend=backend, **options)
-        h0 = None if states is None else states[0]
-        if self._op == "gru":
-            output, h_n = gru(x, weight_hh, h0, backend=backend, **options)
-        else:
-            nonlinearity = self._cell.removeprefix("rnn_")
-            output, h_n = rnn(x, weight_hh, h0, nonlinearity=nonlinearity, backend=backend, **options)
-        return output, (h_n,)
+        is_lstm = self._op == "lstm"
+        state = states if is_lstm or states is None else states[0]
+        if self._op == "rnn":
+            options["nonlinearity"] = self._cell.removeprefix("rnn_")
+        op = OPS[self._op]
+        if "batch_sizes" in options:  # which the public functions do not have
+            call = op.normalise(x, weight_hh, state, **options)
+            output, h_n, c_n = run(self._op, call, op.BACKENDS, backend)
+            return output, (h_n, c_n) if is_lstm else (h_n,)
+        output, last = getattr(op, self._op)(x, weight_hh, state, backend=backend, **options)
+        return output, last if is_lstm else (last,)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,16 +1,16 @@
 """The two forms in which a layer holds a batch of sequences, and the way from each to the ops, which take padded ones.
 
-A packed batch has no padding, so a layer projects and normalises it as it is and pads only for the recurrence. Its rows
-stay longest first, as PackedSequence keeps them: only states, masks and resets have to be permuted.
+A packed batch has no padding, and a layer leaves it so; where an op has to have it padded, it pads it. Its rows stay
+longest first, as PackedSequence keeps them: only states, masks and resets have to be permuted.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from recattn_kernels import checks
+from recattn_kernels.ops import sequence
 
 
 class Padded:
@@ -50,18 +50,15 @@ class Packed:
         self.T, self.B = len(batch_sizes), int(batch_sizes[0])
         # Rows of one length: packed and padded are the same memory.
         self.even = int(batch_sizes[-1]) == self.B
-        rows = torch.arange(self.B, device=batch_sizes.device)
-        self.lengths = None if self.even else (rows < batch_sizes[:, None]).sum(0)
+        self.lengths = None if self.even else sequence.lengths_of(batch_sizes)
 
     def pad(self, x: Tensor) -> Tensor:
         if self.even:
             return x.view(self.T, self.B, *x.shape[1:])
-        return pad_packed_sequence(PackedSequence(x, self.batch_sizes))[0]
+        return sequence.pad(x, self.batch_sizes)
 
     def pack(self, x: Tensor) -> Tensor:
-        if self.lengths is None:
-            return x.flatten(0, 1)
-        return pack_padded_sequence(x, self.lengths).data
+        return x.flatten(0, 1) if self.even else sequence.pack(x, self.batch_sizes)
 
     def over_time(self, mask: Tensor) -> Tensor:
         """(B, C), one value a row, in a shape that multiplies a batch of sequences."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 class ClipGradient(torch.autograd.Function):
@@ -50,6 +51,22 @@ def on_device(op: str, lengths: Tensor, x: Tensor) -> Tensor:
         # A replay would read the host's memory again, which may be another's by then.
         raise ValueError(f"{op}: lengths must be on {x.device} while a CUDA graph is captured, got {lengths.device}")
     return lengths.to(x.device, non_blocking=True)
+
+
+def lengths_of(batch_sizes: Tensor) -> Tensor:
+    """(B,): the steps of each row of a packed batch, whose step t has its first batch_sizes[t] rows."""
+    rows = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+    return (rows < batch_sizes[:, None]).sum(0)
+
+
+def pad(x: Tensor, batch_sizes: Tensor) -> Tensor:
+    """(T, B, ...) from the rows of a packed batch, with zeros where there are none."""
+    return pad_packed_sequence(PackedSequence(x, batch_sizes))[0]
+
+
+def pack(x: Tensor, batch_sizes: Tensor) -> Tensor:
+    """The rows of a packed batch from (T, B, ...)."""
+    return pack_padded_sequence(x, lengths_of(batch_sizes)).data
 
 
 def valid_steps(x: Tensor, lengths: Tensor | None, time: int) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, checks
+from recattn_kernels.ops import sequence
 from recattn_kernels.ops.autograd import c_apply, derive, needs_grad, recompute
 from recattn_kernels.ops.gated import contract
 from recattn_kernels.ops.gated.contract import CELLS, LIBRARY, PARAMETERS, TENSORS, Call, Kept
@@ -33,22 +34,29 @@ def normalise(
     zoneout_mask: Any = None,
     layer_norm: tuple[Tensor, ...] | None = None,
     training: bool = False,
+    batch_sizes: Tensor | None = None,
 ) -> Call:
-    """Checks the arguments of a gated recurrence, before any work, and puts them in one form."""
+    """Checks the arguments of a gated recurrence, before any work, and puts them in one form.
+
+    batch_sizes: as a layer has them; no argument of the public functions.
+    """
     for name, flag in (("reverse", reverse), ("batch_first", batch_first), ("training", training)):
         checks.flag(op, name, flag)
     if grad_clip is not None:
         checks.positive(op, "grad_clip", grad_clip)
     G, lstm = CELLS[cell], cell == "lstm"
     GH = "H" if G == 1 else f"{G}H"
-    symbols = f"(B, T, {GH})" if batch_first else f"(T, B, {GH})"
+    symbols = f"(N, {GH})" if batch_sizes is not None else f"(B, T, {GH})" if batch_first else f"(T, B, {GH})"
     checks.tensor(op, "x", x)
     checks.rank(op, "x", x, symbols)
     checks.dtype(op, "x", x, checks.FLOATING)
-    B, T = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    if x.shape[2] % G != 0:
+    if batch_sizes is not None:
+        T, B = len(batch_sizes), int(batch_sizes[0])
+    else:
+        B, T = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    if x.shape[-1] % G != 0:
         raise ValueError(f"{op}: x must be {symbols}, got {tuple(x.shape)}")
-    H = x.shape[2] // G
+    H = x.shape[-1] // G
     wide = f"({GH},)"
     checks.parameter(op, "weight_hh", weight_hh, f"({GH}, H)", (G * H, H), x)
     if bias_hh is not None:
@@ -65,17 +73,17 @@ def normalise(
     keep_h, keep_c = zoneout_mask, None
     if lstm:
         keep_h, keep_c = pair(op, "zoneout_mask", zoneout_mask, "a pair of Tensors (h, c)")
-    order = ("B", "T") if batch_first else ("T", "B")
+    order, shape = (("B", "T"), (B, T)) if batch_first else (("T", "B"), (T, B))
     for name, mask, last in (("reset", reset, ()), ("zoneout_mask", keep_h, (H,)), ("zoneout_mask", keep_c, (H,))):
         if mask is not None:
-            checks.mask(op, name, mask, f"({', '.join((*order, *('H' for _ in last)))})", (*x.shape[:2], *last), x)
+            checks.mask(op, name, mask, f"({', '.join((*order, *('H' for _ in last)))})", (*shape, *last), x)
     if lengths is not None:
         lengths = on_device(op, checks.lengths(op, lengths, B, T, x), x)
     norm = _layer_norm(op, layer_norm, lstm, wide, G * H, H, x)
     clip = None if grad_clip is None or grad_clip > torch.finfo(compute_dtype(x.dtype)).max else float(grad_clip)
     return Call(
         x, weight_hh, h0, c0, bias_hh, *norm, reset, lengths,
-        keep_h if training else None, keep_c if training else None,
+        keep_h if training else None, keep_c if training else None, batch_sizes,
         cell, float(zoneout_h), float(zoneout_c), training, reverse, batch_first, clip,
     )  # fmt: skip
 
@@ -116,13 +124,18 @@ def _drawn(call: Call) -> Call:
     def mask(keep: Tensor | None, rate: float) -> Tensor | None:
         if keep is not None or rate == 0:
             return keep
-        T_B, H = call.x.shape[:2], call.sizes[2]
-        return torch.rand((*T_B, H), device=call.x.device) < rate
+        T, B, H = call.sizes
+        return torch.rand((B, T, H) if call.batch_first else (T, B, H), device=call.x.device) < rate
 
     return call._replace(
         keep_h=mask(call.keep_h, call.zoneout_h),
         keep_c=mask(call.keep_c, call.zoneout_c) if call.has_c else None,
     )
+
+
+def _padded(call: Call) -> Call:
+    sizes = call.batch_sizes
+    return call if sizes is None else call._replace(x=sequence.pad(call.x, sizes), batch_sizes=None)
 
 
 Definition = Callable[[Call], tuple[Tensor, ...]]
@@ -168,7 +181,8 @@ def _recompute(op: str, call: Call, grads: Sequence[Tensor | None], needs: Seque
     parameters: tuple[Any, ...] = call[: len(PARAMETERS)]
 
     def definition(*parameters: Any) -> tuple[Tensor, ...]:
-        return _DEFINITIONS[op](call._replace(**dict(zip(PARAMETERS, parameters, strict=True))))
+        output, *states = _DEFINITIONS[op](_padded(call._replace(**dict(zip(PARAMETERS, parameters, strict=True)))))
+        return output if call.batch_sizes is None else sequence.pack(output, call.batch_sizes), *states
 
     return recompute(definition, parameters, grads[: 3 if call.has_c else 2], needs)
 
@@ -186,6 +200,10 @@ def define(op: str, definition: Definition) -> None:
 def run(op: str, call: Call, table: backends.Table, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """output, h_n and c_n, on the backend that is asked for. Without a c, c_n is empty."""
     backend = backends.choose(op, backend, table, call)
+    # Packed rows are for cpp alone, and nothing that is recorded has them.
+    if call.batch_sizes is not None and (backend != "cpp" or backends.dispatches(call.x, call.weight_hh)):
+        padded, *states = run(op, _padded(call), table, backend)
+        return sequence.pack(padded, call.batch_sizes), states[0], states[1]
     call = _drawn(call)
     if backend == "reference":
         output, h_n, *c_n = _DEFINITIONS[op](call)

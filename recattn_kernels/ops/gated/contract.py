@@ -23,7 +23,10 @@ KEPT = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4, "gru_before": 3}
 
 
 class Call(NamedTuple):
-    """One checked call. x, reset and keep are (T, B, ...), or (B, T, ...) under batch_first."""
+    """One checked call. x, reset and keep are (T, B, ...), or (B, T, ...) under batch_first.
+
+    With batch_sizes x is (N, ...), and so is output: the rows of a packed batch, of which lengths says the steps.
+    """
 
     x: Tensor  # G*H wide; output in its place in a backward
     weight_hh: Tensor
@@ -38,6 +41,7 @@ class Call(NamedTuple):
     lengths: Tensor | None
     keep_h: Tensor | None  # zoneout's masks in training, True where the old state stays
     keep_c: Tensor | None
+    batch_sizes: Tensor | None  # (T,), on the CPU: how many rows step t has, the longest first
     cell: str
     zoneout_h: float  # the probabilities
     zoneout_c: float
@@ -54,7 +58,14 @@ class Call(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """T, B, H"""
+        if self.batch_sizes is not None and self.lengths is not None:
+            return self.batch_sizes.shape[0], self.lengths.shape[0], self.weight_hh.shape[1]
         return self.x.shape[self.time], self.x.shape[1 - self.time], self.weight_hh.shape[1]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The dimensions of what is kept of each step: (T, B), time-major; (N,) if packed."""
+        return self.sizes[:2] if self.batch_sizes is None else (self.x.shape[0],)
 
     @property
     def op(self) -> str:
@@ -98,7 +109,7 @@ class Call(NamedTuple):
 
 # The differentiable ones of a call's tensors, x first.
 PARAMETERS = Call._fields[:9]
-TENSORS = Call._fields[:13]
+TENSORS = Call._fields[:14]
 
 _ARGUMENTS = (
     ", ".join(f"Tensor{'' if name == 'weight_hh' else '?'} {name}" for name in TENSORS[1:])
@@ -110,24 +121,24 @@ LIBRARY = torch.library.Library("recattn_kernels", "FRAGMENT")
 class Kept(NamedTuple):
     """What a forward keeps for its backward, time-major and in the type of the arithmetic; empty where not needed."""
 
-    gates: Tensor  # (T, B, KEPT * H): activated, and for the gru what r multiplies
-    cells: Tensor  # (T, B, H): the lstm's c
-    normed: Tensor  # (T, B, G*H): W_hh h, normalised
-    rstd: Tensor  # (T, B): by what it was multiplied
+    gates: Tensor  # (*steps, KEPT * H): activated, and for the gru what r multiplies
+    cells: Tensor  # (*steps, H): the lstm's c
+    normed: Tensor  # (*steps, G*H): W_hh h, normalised
+    rstd: Tensor  # steps: by what it was multiplied
 
 
 def empty_forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Uninitialised output, h_n, c_n and what is kept."""
-    T, B, H = call.sizes
-    output = call.x.new_empty((*call.x.shape[:2], H))
+    _, B, H = call.sizes
+    output = call.x.new_empty((*call.x.shape[:-1], H))
     h_n = call.x.new_empty((B, H), dtype=call.state_dtype(call.h0))
     c_n = call.x.new_empty((B, H) if call.has_c else (0,), dtype=call.state_dtype(call.c0))
     normalised = keep and call.ln_weight is not None
     shapes = (
-        (T, B, KEPT[call.cell] * H) if keep and not reads_output(call) else (0,),
-        (T, B, H) if keep and call.has_c else (0,),
-        (T, B, call.gates * H) if normalised else (0,),
-        (T, B) if normalised else (0,),
+        (*call.steps, KEPT[call.cell] * H) if keep and not reads_output(call) else (0,),
+        (*call.steps, H) if keep and call.has_c else (0,),
+        (*call.steps, call.gates * H) if normalised else (0,),
+        call.steps if normalised else (0,),
     )
     dtype = compute_dtype(call.x.dtype)
     return output, h_n, c_n, Kept(*(call.x.new_empty(shape, dtype=dtype) for shape in shapes))
@@ -143,7 +154,7 @@ def reads_output(call: Call) -> bool:
 def empty_backward(call: Call, needs_weight: bool = True) -> tuple[Tensor, ...]:
     """Uninitialised gradients of PARAMETERS; call.x is the output. That of weight_hh is empty where not needed."""
     _, _, H = call.sizes
-    dx = call.x.new_empty((*call.x.shape[:2], call.gates * H))
+    dx = call.x.new_empty((*call.x.shape[:-1], call.gates * H))
     parameters = (getattr(call, name) if needs_weight or name != "weight_hh" else None for name in PARAMETERS[1:])
     return (dx, *(dx.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters))
 

@@ -22,29 +22,27 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     x = contiguous_rows(call.x)
     output, h_n, c_n, kept = empty_forward(call, keep)
     huge_pages(output, *kept)
-    if call.lengths is not None:
+    if call.lengths is not None and call.batch_sizes is None:
         for tensor in kept:
             tensor.zero_()  # the kernel leaves out the steps past a row's end, and an op's outputs are all defined
     h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
     holds, common = _common(call, dtype)
     cpu().gated_forward(
-        common, sequence(x, call.time), sequence(output, call.time), pointer(h), present(c), tuple(map(present, kept))
+        common, _place(x, call), _place(output, call), pointer(h), present(c), tuple(map(present, kept))
     )
     del holds
     return output, h_n if h is h_n else h_n.copy_(h), c_n if c is c_n else c_n.copy_(c), kept
 
 
 def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weight: bool) -> tuple[Tensor, ...]:
-    dtype, time = compute_dtype(call.x.dtype), call.time
-    T, B, H = call.sizes
-    GH = call.gates * H
+    dtype, GH = compute_dtype(call.x.dtype), call.gates * call.sizes[2]
     output = contiguous_rows(call.x)
     dy = None if grads[0] is None else contiguous_rows(grads[0])
     dh_n, dc_n = (plain(g, dtype) for g in grads[1:])
-    dx = output.new_empty((*output.shape[:2], GH))
+    dx = output.new_empty((*output.shape[:-1], GH))
     # Of q = W_hh h: that of x itself where q is added to it and to nothing else.
     shared = call.cell in ("rnn_tanh", "rnn_relu", "lstm") and call.ln_weight is None and dx.dtype == dtype
-    dq = None if shared else output.new_empty((T, B, GH), dtype=dtype)  # scratch
+    dq = None if shared else output.new_empty((*call.steps, GH), dtype=dtype)  # scratch
     huge_pages(dx, dq)
     parameters = {name: getattr(call, name) for name in PARAMETERS[1:]}
     if not needs_weight:
@@ -53,8 +51,8 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weigh
     holds, common = _common(call, dtype)
     cpu().gated_backward(
         common, math.inf if call.grad_clip is None else call.grad_clip,
-        sequence(dy, time), sequence(output, time), pointer(dh_n), pointer(dc_n), tuple(map(present, kept)),
-        sequence(dx, time), pointer(dq), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
+        _place(dy, call), _place(output, call), pointer(dh_n), pointer(dc_n), tuple(map(present, kept)),
+        _place(dx, call), pointer(dq), tuple(pointer(found[name]) for name in PARAMETERS[1:]),
     )  # fmt: skip
     del holds
     results = (
@@ -64,15 +62,24 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weigh
     return dx, *results
 
 
+def _place(x: Tensor | None, call: Call) -> tuple[int, int, int]:
+    """Pointer, stride over time and stride over the batch; packed, the latter is the one between rows."""
+    if x is None or call.batch_sizes is None:
+        return sequence(x, call.time)
+    return x.data_ptr(), 0, x.stride(0)
+
+
 def _common(call: Call, dtype: torch.dtype) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     """The arguments that both directions take, and the tensors that have to live as long as their pointers."""
     time = call.time
     names = ("weight_hh", "bias_hh", "ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias", "h0", "c0")
     weight_hh, bias_hh, *norm, h0, c0 = holds = [plain(getattr(call, name), dtype) for name in names]
-    lengths = plain(call.lengths, torch.int64)
+    lengths, sizes = plain(call.lengths, torch.int64), call.batch_sizes
+    starts = None if sizes is None else sizes.cumsum(0) - sizes
     masks = [None if m is None else contiguous_rows(m) for m in (call.keep_h, call.keep_c)]
-    return [*holds, lengths, *masks], (
+    return [*holds, lengths, starts, *masks], (
         call.sizes, CPU_DTYPES[call.x.dtype], CELL_CODES[call.cell], pointer(weight_hh), pointer(bias_hh),
-        tuple(map(pointer, norm)), pointer(h0), pointer(c0), sequence(call.reset, time), pointer(lengths), call.reverse,
-        call.mixing, sequence(masks[0], time), sequence(masks[1], time), torch.get_num_threads(),
+        tuple(map(pointer, norm)), pointer(h0), pointer(c0), sequence(call.reset, time), pointer(lengths),
+        pointer(starts), call.reverse, call.mixing, sequence(masks[0], time), sequence(masks[1], time),
+        torch.get_num_threads(),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def example(cell: str, shape: Shape, on: Machine) -> tuple[tuple[Launch, ...], t
         empty(G * H, when=normed), empty(G * H, when=normed),
         empty(H, when=normed and lstm), empty(H, when=normed and lstm),
         empty(T, B, dtype=torch.bool, when=gated), empty(B, dtype=torch.int64, when=gated),
-        empty(T, B, H, dtype=torch.bool, when=gated), empty(T, B, H, dtype=torch.bool, when=gated and lstm),
+        empty(T, B, H, dtype=torch.bool, when=gated), empty(T, B, H, dtype=torch.bool, when=gated and lstm), None,
         cell, 0.0, 0.0, gated, shape.reverse, False, 1.0 if gated else None,
     )  # fmt: skip
     output, h_n, c_n, kept = empty_forward(call, True)
