@@ -253,7 +253,7 @@ def check(impl: Impl, dtype: torch.dtype, references: dict[int, References]) -> 
         with torch.set_grad_enabled(grad_outputs is not None):
             actual = conformance.evaluate(call, args, kwargs, grad_outputs)
         for finding in conformance.judge(actual, reference, exact, names, dtype):
-            if finding.complaint is not None:
+            if finding.complaint is not None and finding.err > impl.slack * finding.allowed:
                 return f"{finding.name}: {finding.complaint}"
     return None
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recattn_kernels.bench.peers.case import Case, Impl, compiled
+from recattn_kernels.bench.peers.case import PEER_SLACK, Case, Impl, compiled
 
 HIDDEN = 512  # of the decoder, and of its words
 
@@ -64,7 +64,9 @@ def _steps(case: Case) -> list[Impl]:
 
     return [
         Impl("step:precomputed", functools.partial(ours, *args), args, definition=_step, cost=cost, ours=True),
-        Impl("step:projecting", functools.partial(projecting, *args), args, cost=cost),
+        Impl(
+            "step:projecting", functools.partial(projecting, *args), args, definition=_step, slack=PEER_SLACK, cost=cost
+        ),
     ]
 
 

@@ -15,6 +15,9 @@ from recattn_kernels.spec import OpSpec, Workload
 
 Cost = Callable[[bool], tuple[int, int]]
 
+# How many times the error that a kernel may have a peer may have, which does not round by the rule of conformance.py.
+PEER_SLACK = 100.0
+
 
 @dataclass(frozen=True)
 class Impl:
@@ -27,6 +30,7 @@ class Impl:
     # The same in plain PyTorch, of args and kwargs. None: there is nothing to check, as the row is the reference
     # itself, a yardstick, or another model.
     definition: Callable[..., Any] | None = None
+    slack: float = 1.0  # how many times the error that the rule allows may be found
     cost: Cost | None = None  # whether with backward -> bytes, FLOPs; None: the op's own
     ours: bool = False  # if it fails, the package has failed
     may_refuse: bool = False  # a layer on a backend asked for by name, which may have no kernel for all of it

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from recattn_kernels.bench.peers.case import Case, Impl, compiled
+from recattn_kernels.bench.peers.case import PEER_SLACK, Case, Impl, compiled
 from recattn_kernels.spec import tensors
 
 
@@ -51,7 +51,7 @@ def peers(case: Case, definition: Callable[..., Any], layer: str) -> list[Impl]:
         own = (input, *(module.get_parameter(name) for name in names))
         mine = module is ours
         return Impl(
-            name, functools.partial(call, *own), own, definition=definition if mine else None,
+            name, functools.partial(call, *own), own, definition=definition, slack=1.0 if mine else PEER_SLACK,
             cost=functools.partial(cost, share), ours=mine,
         )  # fmt: skip
 
@@ -60,13 +60,13 @@ def peers(case: Case, definition: Callable[..., Any], layer: str) -> list[Impl]:
         impls.append(case.impl("compile", compiled(definition), definition=definition))
     impls += [
         row("layer:recattn_kernels", ours, lambda input, *_: ours(input), padded),
-        row("layer:torch.nn", theirs, lambda input, *_: theirs(input), None),
+        row("layer:torch.nn", theirs, lambda input, *_: theirs(input), padded),
     ]
     if T > 1:
         share = float(lengths.sum()) / (T * B)
         impls += [
             row("packed:recattn_kernels", ours, functools.partial(on_packed, ours), packed, share),
-            row("packed:torch.nn", theirs, functools.partial(on_packed, theirs), None, share),
+            row("packed:torch.nn", theirs, functools.partial(on_packed, theirs), packed, share),
         ]
         impls += _options(case, definition)
     return impls

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recattn_kernels.bench.peers.case import Case, Impl, compiled
+from recattn_kernels.bench.peers.case import PEER_SLACK, Case, Impl, compiled
 from recattn_kernels.bench.peers.slot_attention_layer import layers
 
 
@@ -19,13 +19,12 @@ def peers(case: Case, definition: Callable[..., Any]) -> list[Impl]:
     impls = []
     if case.compile:
         impls.append(case.impl("compile", compiled(definition), definition=definition))
-    # Not checked: over 16,384 inputs these round a little more than the rule for kernels allows.
-    impls.append(case.impl("einsum", einsum))
-    if case.compile:
-        impls.append(case.impl("compile einsum", compiled(einsum)))
-    impls.append(case.impl("flash + lse", flash))
-    if case.compile and case.device == "cuda":
-        impls.append(case.impl("FlexAttention", flex))
+    others = {"einsum": einsum, "compile einsum": compiled(einsum), "flash + lse": flash, "FlexAttention": flex}
+    if not case.compile:
+        del others["compile einsum"]
+    if not case.compile or case.device != "cuda":
+        del others["FlexAttention"]
+    impls += [case.impl(n, call, definition=definition, slack=PEER_SLACK) for n, call in others.items()]
     return [*impls, *layers(case)]
 
 
