@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_what_is_measured_outlives_an_interrupted_run(monkeypatch: pytest.Monkey
         return measure(report, progress, spec, work, *rest)
 
     monkeypatch.setattr(runner, "run_workload", interrupted)
-    monkeypatch.setattr(timing, "Effort", lambda: timing.QUICK)
+    monkeypatch.setattr(timing, "Effort", functools.partial(timing.Effort, budget_s=0.01, max_repeats=5))
     path = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "--op", "indrnn", "--device", "cpu", "--json", str(path)])
