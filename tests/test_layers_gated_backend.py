@@ -60,11 +60,10 @@ def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recattn_kernels.backends.machine_refusal", lambda backend, device: None)
     monkeypatch.setitem(TABLES, "lstm", {"cpp": refusal})
     weight_hh = torch.randn(4 * H, H)
-    batch_sizes = torch.tensor([2, 2, 1])
-    assert fused_runs("lstm", "lstm", weight_hh, torch.bfloat16, 3, 2, batch_sizes) is True
+    assert fused_runs("lstm", "lstm", weight_hh, torch.bfloat16, 3, 2) is True
     assert asked[0].x.shape == (3, 2, 4 * H) and asked[0].x.dtype == torch.bfloat16
-    assert asked[0].lengths.tolist() == [3, 2] and asked[0].sizes == (3, 2, H)
-    assert fused_runs("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2, None) is False
+    assert asked[0].sizes == (3, 2, H)
+    assert fused_runs("lstm", "lstm", torch.randn(8, 2), torch.float32, 3, 2) is False
 
 
 @pytest.mark.parametrize("faster", [False, True])

@@ -98,10 +98,17 @@ class Forward {
     Sweep sweep;
   };
 
-  // The outputs past the row's length, and the states of a row that takes no step.
+  // Zeros past the row's length, in output and in what is kept, and the states of a row that takes no step.
   void start_row(int64_t b) {
     const int64_t steps = steps_of(p, b);
-    for (int64_t t = steps; t < p.T && !p.starts; ++t) memset(place(p, p.output, t, b), 0, p.H * size_of(p.dtype));
+    const auto clear = [&](void* tensor, int64_t values, int64_t t) {
+      if (tensor) memset(kept(tensor, values, t, b), 0, values * p.H * sizeof(R));
+    };
+    for (int64_t t = steps; t < p.T && !p.starts; ++t) {
+      memset(place(p, p.output, t, b), 0, p.H * size_of(p.dtype));
+      clear(p.gates, KEPT, t), clear(p.cells, 1, t), clear(p.normed, G, t);
+      if (p.rstd) static_cast<R*>(p.rstd)[row_of(p, t, b)] = 0;
+    }
     if (steps > 0) return;
     copy_or_zero(static_cast<R*>(p.h_n) + b * p.H, p.h0, b * p.H, p.H);
     if (C == Cell::lstm) copy_or_zero(static_cast<R*>(p.c_n) + b * p.H, p.c0, b * p.H, p.H);

@@ -181,6 +181,16 @@ class GatedTest {
       check("h_n", h_n, reference.h_n);
       if (c.cell == Cell::lstm) check("c_n", c_n, reference.c_n);
     }
+    for (const std::vector<R>* kept : {&gates, &cells, &normed, &rstd}) check_past_the_ends(*kept);
+  }
+
+  // What is kept of the steps past a row's length is 0.
+  void check_past_the_ends(const std::vector<R>& kept) {
+    const int64_t rows = c.T * c.B, width = rows > 0 ? int64_t(kept.size()) / rows : 0;
+    for (int64_t i = 0; i < rows * width && !c.packed; ++i) {
+      const int64_t t = i / width / c.B, b = i / width % c.B;
+      CHECK(!reference.ended(t, b) || kept[i] == 0, "kept[%d] is %.9g: %s", int(i), double(kept[i]), text().c_str());
+    }
   }
 
   void check_backward(const Isa& isa) {

@@ -56,7 +56,7 @@ class Layer(Gated, nn.RNNBase):
             states = self._states(hx, data)
             self._check(data, states, batch_sizes)  # which torch.nn.LSTM leaves out
             T, B = len(batch_sizes), int(batch_sizes[0])
-            backend = self._backend(data, T, B, extras, packed=batch_sizes)
+            backend = self._backend(data, T, B, extras, packed=True)
             return super().forward(input, hx) if backend == "vendor" else self._packed(input, states, reset, backend)
         checks.tensor(name, "input", input)
         dim = input.dim()

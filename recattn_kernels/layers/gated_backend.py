@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends
-from recattn_kernels.layers.packing import Packed
 from recattn_kernels.ops.gated.contract import CELLS, Call
 from recattn_kernels.ops.gru.contract import BACKENDS as GRU
 from recattn_kernels.ops.lstm.contract import BACKENDS as LSTM
@@ -57,14 +56,11 @@ def vendor_is_faster(
     return (4 if needs_grad else 8) > T and multiply_adds < (5e6 if op == "rnn" else 2.5e6)
 
 
-def fused_runs(
-    op: str, cell: str, weight_hh: Tensor, dtype: torch.dtype, T: int, B: int, packed: Tensor | None
-) -> bool:
+def fused_runs(op: str, cell: str, weight_hh: Tensor, dtype: torch.dtype, T: int, B: int) -> bool:
     """Whether a fused backend of ours runs a call without options; asked before anything is computed for the call."""
     table = TABLES[op]
     x = torch.empty((), dtype=dtype, device=weight_hh.device).expand(T, B, CELLS[cell] * weight_hh.shape[1])
-    lengths = None if packed is None else Packed(packed).lengths
-    call = Call(x, weight_hh, *(None,) * 8, lengths, None, None, None, cell, 0.0, 0.0, False, False, False, None)
+    call = Call(x, weight_hh, *(None,) * 12, cell, 0.0, 0.0, False, False, False, None)
     for backend in table:  # noqa: SIM110  (every call asks, and a generator is a frame more)
         if backends.refusal(backend, table, call) is None:
             return True

@@ -176,8 +176,8 @@ class Gated(nn.Module):
             checks.dtype(name, label, state, accepted_dtypes(input, input.dtype))
         return states
 
-    def _backend(self, input: Tensor, T: int, B: int, called_with: list[str], *, packed: Tensor | None = None) -> str:
-        """Who runs a call: "vendor", or what the op is to be asked for. packed: the batch sizes of a PackedSequence."""
+    def _backend(self, input: Tensor, T: int, B: int, called_with: list[str], *, packed: bool = False) -> str:
+        """Who runs a call: "vendor", or what the op is to be asked for. packed: input was a PackedSequence."""
         name = backends.requested(self._vendor.__name__, self.backend)
         if name not in ("auto", "vendor"):
             return name
@@ -222,10 +222,10 @@ class Gated(nn.Module):
                 T=T,
                 B=B,
                 H=self.hidden_size,
-                packed=packed is not None,
+                packed=packed,
                 needs_grad=needs_grad,
             )
-            or not fused_runs(self._op, self._cell, weight_hh, dtype, T, B, packed)
+            or not fused_runs(self._op, self._cell, weight_hh, dtype, T, B)
         )
         return "vendor" if vendor else name
 

@@ -78,7 +78,9 @@ def normalise(
         if mask is not None:
             checks.mask(op, name, mask, f"({', '.join((*order, *('H' for _ in last)))})", (*shape, *last), x)
     if lengths is not None:
-        lengths = on_device(op, checks.lengths(op, lengths, B, T, x), x)
+        if batch_sizes is None or not isinstance(lengths, Tensor):  # else they were made of batch_sizes
+            lengths = checks.lengths(op, lengths, B, T, x)
+        lengths = on_device(op, lengths, x)
     norm = _layer_norm(op, layer_norm, lstm, wide, G * H, H, x)
     clip = None if grad_clip is None or grad_clip > torch.finfo(compute_dtype(x.dtype)).max else float(grad_clip)
     return Call(

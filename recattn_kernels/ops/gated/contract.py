@@ -176,6 +176,9 @@ def define(op: str) -> None:
     )
 
     def run_forward(*args: Any) -> tuple[Tensor, ...]:
+        call = Call(*args[:-2])
+        if call.lengths is not None:
+            checks.length_values(op, call.lengths, call.sizes[0])  # a compiled caller could not look at them
         return forward(op, *args)
 
     def run_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -198,8 +201,6 @@ def define(op: str) -> None:
 def forward(op: str, *args: Any) -> tuple[Tensor, ...]:
     """output, h_n, c_n and what is kept, of a call followed by whether anything is to be kept, and the backend."""
     call, keep, backend = Call(*args[:-2]), args[-2], args[-1]
-    if call.lengths is not None:
-        checks.length_values(op, call.lengths, call.sizes[0])  # a compiled caller could not look at them
     output, h_n, c_n, kept = backends.load(op, backend).forward(call, keep)
     return output, h_n, c_n, *kept
 

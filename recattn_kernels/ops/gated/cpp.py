@@ -22,9 +22,6 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor, Kept]:
     x = contiguous_rows(call.x)
     output, h_n, c_n, kept = empty_forward(call, keep)
     huge_pages(output, *kept)
-    if call.lengths is not None and call.batch_sizes is None:
-        for tensor in kept:
-            tensor.zero_()  # the kernel leaves out the steps past a row's end, and an op's outputs are all defined
     h, c = (s if s.dtype == dtype else s.new_empty(s.shape, dtype=dtype) for s in (h_n, c_n))
     holds, common = _common(call, dtype)
     cpu().gated_forward(

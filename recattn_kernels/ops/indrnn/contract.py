@@ -110,8 +110,6 @@ def _module(backend: str) -> str:
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     call, backend = Call(*args[:-1]), args[-1]
-    if call.lengths is not None:
-        checks.length_values("indrnn", call.lengths, call.sizes[0])  # a compiled caller could not look at them
     output, h_n = backends.load("indrnn", _module(backend)).forward(call)
     return output, h_n
 
@@ -121,8 +119,15 @@ def backward(grad_output: Tensor | None, grad_h_n: Tensor | None, *args: Any) ->
     return tuple(backends.load("indrnn", _module(backend)).backward(grad_output, grad_h_n, call))
 
 
+def _registered_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*args[:-1])
+    if call.lengths is not None:
+        checks.length_values("indrnn", call.lengths, call.sizes[0])  # a compiled caller could not look at them
+    return forward(*args)
+
+
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("indrnn", forward, _key)
+    LIBRARY.impl("indrnn", _registered_forward, _key)
     LIBRARY.impl("indrnn_backward", backward, _key)
 
 
