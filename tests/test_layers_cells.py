@@ -32,7 +32,7 @@ def results_and_grads(result: Any, inputs: list[Tensor]) -> tuple[Any, Any]:
     return result, torch.autograd.grad(loss, inputs, materialize_grads=True)
 
 
-@pytest.mark.parametrize("backend", ["auto", "vendor", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "vendor", "reference", "cpp"])
 @pytest.mark.parametrize("name", CELLS)
 def test_agrees_with_torch(name: str, backend: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -193,7 +193,7 @@ def test_bad_calls_in_the_words_of_torch(name: str, case: int) -> None:
     args = AS_TORCH[case](name == "LSTMCell")
     with pytest.raises(Exception) as expected:
         getattr(nn, name)(D, H)(*args)
-    for backend in ("reference", "vendor", "auto"):
+    for backend in ("reference", "vendor", "auto", "cpp"):
         with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
             CELLS[name](D, H, backend=backend)(*args)
 

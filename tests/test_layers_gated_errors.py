@@ -73,7 +73,7 @@ def test_bad_calls_in_the_words_of_torch(name: str, case: int) -> None:
         args = (pad_packed_sequence(args[0])[0], *args[1:])  # torch.nn.LSTM looks at neither when they are packed
     with pytest.raises(Exception) as expected:
         getattr(nn, name)(D, H, 2)(*args)
-    for backend in ("reference", "vendor", "auto"):
+    for backend in ("reference", "vendor", "auto", "cpp"):
         with pytest.raises(type(expected.value), match=f"^{re.escape(str(expected.value))}$"):
             LAYERS[name](D, H, 2, backend=backend)(*args)
 

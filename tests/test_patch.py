@@ -47,10 +47,10 @@ def test_every_class_there_and_back(name: str) -> None:
     report = patch_model(module)  # the root itself
     assert report.patched == ("",) and report.left == {} and type(module) is getattr(rk, name)
     assert dict(module.named_parameters()) == parameters and not module.training
-    for backend in ("reference", "vendor", "auto"):
+    for backend in ("reference", "vendor", "auto", "cpp"):
         with use_backend(backend):
             torch.testing.assert_close(module(x), expected)
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert repr(module) == repr(getattr(nn, name)(D, H))
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(getattr(rk, name).from_torch(module.to_torch())))):
         assert type(other) is getattr(rk, name)

@@ -14,6 +14,14 @@ from recattn_kernels.ops.rnn.contract import BACKENDS as RNN
 TABLES = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
+# What pays for the start of our kernels: some 100 us of Python and the packing of the weights, two or three times as
+# much with a backward to follow. Of one step, so many rows and so many million multiply-adds:
+ONE_STEP_ROWS, ONE_STEP = 256, {"rnn": 250, "gru": 75, "lstm": 30}
+# Of several, in torch.nn a loop over operations, so many steps, or so many million multiply-adds, or parts of each that
+# add up to one: of a forward alone, and with a backward.
+SEVERAL_STEPS = {"rnn": ((18, 60), (9, 60)), "gru": ((9, 60), (4, 80)), "lstm": ((9, 60), (4, 80))}
+
+
 def vendor_is_faster(
     op: str,
     *,
@@ -22,6 +30,7 @@ def vendor_is_faster(
     T: int,
     B: int,
     H: int,
+    cell: bool,
     packed: bool,
     needs_grad: bool,
 ) -> bool:
@@ -32,28 +41,35 @@ def vendor_is_faster(
         device: the type of the device.
         dtype: of the projected input, which autocast may have made 16-bit.
         T, B, H: steps, rows and hidden features. T is 1 for a cell.
+        cell: whether it is one of the cells.
         packed: input is a PackedSequence; T and B are those of the padded batch.
         needs_grad: a backward may follow.
 
-    Measured on a CPU of two cores with AVX-512, torch 2.13. There torch.nn has oneDNN's kernel for the lstm alone, on
-    padded batches, in float32 and bfloat16; the rest is a loop over operations, which ours beats 2 to 10 times but for
-    its start: some 50 us of Python. With AMX ours is 1.1 to 1.6 times as fast in float32 where csrc/cpu/amx.h has
-    enough to do. On a GPU nothing has been measured yet, and cuDNN's kernels are known to be good.
+    Measured on CPUs of two cores with AVX-512, one of them with AMX, torch 2.13. There torch.nn has oneDNN's kernel for
+    the layer LSTM alone, on padded batches, in float32 and bfloat16; the rest is operations, which ours beats 2 to 10
+    times but for its start. On a GPU nothing has been measured yet, and cuDNN's kernels are known to be good.
     """
     if device != "cpu":
         return True
-    if packed:
-        return False
-    if op == "lstm" and dtype in (torch.float32, torch.bfloat16):
-        if T == 1 or B <= 4:
-            return H < 256 and T < 64 and not needs_grad
-        # With a backward both take as long, and ours sums the gradients of the biases to more digits.
-        tiles = dtype == torch.float32 and B >= 8 and B * H >= 4096 and backends.cpu_capability() == "amx"
-        return not needs_grad and not tiles
-    if dtype == torch.float64 and not needs_grad:
+    millions = T * B * H * H * {"rnn": 1, "gru": 3, "lstm": 4}[op] / 1e6
+    if op == "lstm" and not cell and not packed and dtype in (torch.float32, torch.bfloat16):
+        return _onednn_is_faster(dtype, T, B, H, millions, needs_grad)
+    if dtype == torch.float64 and not needs_grad and not packed:
         return True
-    multiply_adds = T * B * H * H * {"rnn": 1, "gru": 3, "lstm": 4}[op]
-    return (4 if needs_grad else 8) > T and multiply_adds < (5e6 if op == "rnn" else 2.5e6)
+    if T == 1:
+        return B < ONE_STEP_ROWS or millions < ONE_STEP[op]
+    steps, work = SEVERAL_STEPS[op][needs_grad]
+    return T / steps + millions / work < 1
+
+
+def _onednn_is_faster(dtype: torch.dtype, T: int, B: int, H: int, millions: float, needs_grad: bool) -> bool:
+    if B <= 4:  # where it takes as long as for many rows
+        return H < 256 and (millions < 10 if needs_grad else T < 64)
+    if needs_grad:  # with a backward both take as long, and ours sums the gradients of the biases to more digits
+        return millions < 10
+    # With AMX ours is 1.1 to 1.6 times as fast in float32 where csrc/cpu/amx.h has enough to do.
+    tiles = dtype == torch.float32 and B >= 8 and B * H >= 4096 and backends.cpu_capability() == "amx"
+    return not tiles or millions < 30
 
 
 def fused_runs(op: str, cell: str, weight_hh: Tensor, dtype: torch.dtype, T: int, B: int) -> bool:

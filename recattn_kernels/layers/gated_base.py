@@ -222,6 +222,7 @@ class Gated(nn.Module):
                 T=T,
                 B=B,
                 H=self.hidden_size,
+                cell=isinstance(self, nn.RNNCellBase),
                 packed=packed,
                 needs_grad=needs_grad,
             )
