@@ -18,6 +18,12 @@ from recattn_kernels.layers.projection import column_sum, matmul, project
 pytestmark = pytest.mark.skipif(isinstance(backends.extension("_cpu"), str), reason="the extension _cpu is not built")
 
 
+@pytest.fixture(autouse=True)
+def _of_any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "rule" not in request.node.name:
+        monkeypatch.setattr(projection, "LEAST", ((0, 0), (0, 0)))
+
+
 def arguments(*rows: int, bias: bool = True) -> list[Tensor]:
     shapes = [(*rows, 33), (70, 33), *([(70,)] if bias else [])]
     return [torch.randn(shape).requires_grad_() for shape in shapes]
@@ -70,6 +76,17 @@ def test_our_product_is_taken() -> None:
         assert torch.equal(project(x, weight, bias), output)
 
 
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_the_rule_of_auto(differentiates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.Size] = []
+    monkeypatch.setattr(projection, "matmul", lambda a, *_: taken.append(a.shape) or matmul(a, *_))
+    weight = torch.randn(256, 300, requires_grad=differentiates)
+    for rows, backend in ((127, "auto"), (128, "auto"), (255, "auto"), (256, "auto"), (20, "cpp"), (15, "cpp")):
+        project(torch.randn(rows, 300), weight, None, backend)
+    project(torch.randn(256, 30), weight[:, :30], None)  # two million multiply-adds
+    assert [rows for rows, _ in taken] == ([256, 20] if differentiates else [128, 255, 256, 20])
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_frozen_arguments(frozen: int) -> None:
     args = arguments(40)
@@ -115,7 +132,7 @@ def test_autocast_and_transforms_are_left_to_torch() -> None:
 
 
 LAYERS: dict[str, tuple[type[torch.nn.Module], tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
-    "RNN": (rk.RNN, (24, 32), {}, (5, 8, 24)),
+    "RNN": (rk.RNN, (24, 32), {}, (20, 8, 24)),
     "LSTM": (rk.LSTM, (24, 32), {"layer_norm": True}, (5, 8, 24)),
     "LSTM with proj_size": (rk.LSTM, (24, 32), {"proj_size": 4, "grad_clip": 1.0}, (5, 8, 24)),
     "GRUCell": (rk.GRUCell, (24, 32), {"grad_clip": 1.0}, (20, 24)),

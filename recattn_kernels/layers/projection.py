@@ -12,33 +12,43 @@ from recattn_kernels import backends
 from recattn_kernels.strides import cpu, huge_pages
 
 COMPILED = ("auto", "cpp")  # the backends under which what a layer computes itself may run in csrc
+# The rows and million multiply-adds from which our product of float32 is faster than the BLAS behind F.linear, in a
+# forward alone and with a backward. For fewer, packing the weights and some 20 us of Python do not pay.
+LEAST = ((128, 8), (256, 16))
+FEWEST_ROWS = 16  # of less than these a product takes as long as reading weight, in any backend
 
 
 def project(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto") -> Tensor:
     """input (..., D) weight^T + bias, with weight (G*H, D) and bias (G*H,): (..., G*H).
 
-    Under auto and cpp in float32 on a CPU by csrc/cpu/gemm.cpp, which is faster than the BLAS behind F.linear, in the
-    backward too; in float16 as well, which torch multiplies there some twenty times slower than float32. backend is
-    what backends.requested() says to the layer.
+    Under auto and cpp in float32 on a CPU by csrc/cpu/gemm.cpp, under auto where that pays, and so in the backward; in
+    float16 as well, which torch multiplies there some twenty times slower than float32. backend is what
+    backends.requested() says to the layer.
     """
-    if backend not in COMPILED or not _packed(input, weight, bias):
+    # A compiler would compile for one side of a rule on sizes, and an export would take no other.
+    if backend not in COMPILED or torch.compiler.is_compiling():
+        return F.linear(input, weight, bias)
+    differentiates = torch.is_grad_enabled() and True in [
+        t.requires_grad for t in (input, weight, bias) if t is not None
+    ]
+    least_rows, millions = LEAST[differentiates]
+    if backend == "cpp" or input.dtype == torch.float16:
+        least_rows, millions = FEWEST_ROWS, 0
+    D = input.shape[-1]
+    few = D == 0 or input.numel() < least_rows * D or input.numel() * weight.shape[0] < millions * 1e6
+    if few or not _runs(input, weight, bias):
         return F.linear(input, weight, bias)
     if input.dtype == torch.float16:
-        return project(input.float(), weight.float(), None if bias is None else bias.float(), backend).half()
-    rows = input.reshape(-1, input.shape[-1])
-    if torch.is_grad_enabled() and True in [t.requires_grad for t in (input, weight, bias) if t is not None]:
+        return project(input.float(), weight.float(), None if bias is None else bias.float(), "cpp").half()
+    rows = input.reshape(-1, D)
+    if differentiates:
         output: Tensor = _Projection.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         output = matmul(rows, weight.t(), bias)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 
-def _packed(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():  # before a rule on sizes: compiled for one side of it, an export takes no other
-        return False
-    # Of a few rows a product takes as long as reading weight, and F.linear costs less Python.
-    if input.numel() < 16 * input.shape[-1] or input.shape[-1] == 0:
-        return False
+def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if input.dtype not in (torch.float32, torch.float16) or weight.dtype != input.dtype or input.device.type != "cpu":
         return False
     if torch.is_autocast_enabled("cpu") or backends.under_transform() or backends.dispatches(input, weight, bias):
