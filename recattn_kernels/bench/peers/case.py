@@ -15,7 +15,7 @@ from recattn_kernels.spec import OpSpec, Workload
 
 Cost = Callable[[bool], tuple[int, int]]
 
-# How many times the error that a kernel may have a peer may have, which does not round by the rule of conformance.py.
+# A peer may be off by so many times what a kernel may: the rule of conformance.py is no promise of its own.
 PEER_SLACK = 100.0
 
 
