@@ -53,6 +53,7 @@ class Gated(nn.Module):
     hidden_size: int
     bias: bool
     dropout: float = 0.0  # of a layer: cells have none
+    proj_size: int = 0  # likewise
 
     __prepare_scriptable__ = unscriptable
 
@@ -100,10 +101,10 @@ class Gated(nn.Module):
         """What follows a parameter's name, for every recurrence of the module."""
         return [""]
 
-    def _weight_hh(self) -> Tensor:
-        """Of the first recurrence."""
-        weight_hh = self._parameters.get(self._first_weight_hh)  # Module.__getattr__ takes 2 us
-        return weight_hh if weight_hh is not None else getattr(self, self._first_weight_hh)
+    def _parameter(self, name: str) -> Any:
+        """self.name, without Module.__getattr__, which takes a microsecond, where no parametrisation computes it."""
+        found = self._parameters.get(name)
+        return found if found is not None else getattr(self, name)
 
     @property
     def _cell(self) -> str:
@@ -207,14 +208,14 @@ class Gated(nn.Module):
         dtype = projected_dtype(input, input.dtype)
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
             T, B = 1 if T == 1 else MANY, MANY
-        weight_hh = self._weight_hh()  # once: a parametrisation computes it anew each time
+        weight_hh = self._parameter(self._first_weight_hh)  # once: a parametrisation computes it anew each time
         needs_grad = differentiates and not tracing and (input.requires_grad or weight_hh.requires_grad)
         if self.training and self.dropout > 0:
             # torch.nn's kernels draw another mask from the same random numbers, and what checkpoint() first computes
             # without a gradient and then with one has to be the same.
             needs_grad = True
         vendor = (
-            getattr(self, "proj_size", 0) > 0
+            self.proj_size > 0
             or vendor_is_faster(
                 self._op,
                 device=input.device.type,
@@ -277,7 +278,7 @@ class Gated(nn.Module):
         if batch is None:
             return self._run(x, weight_hh, states, suffix, backend, options)
         options |= {"lengths": batch.lengths, "batch_first": batch.batch_first, "reverse": suffix.endswith("_reverse")}
-        if isinstance(batch, Packed) and not batch.even and getattr(self, "proj_size", 0) == 0:
+        if isinstance(batch, Packed) and not batch.even and self.proj_size == 0:
             return self._run(x, weight_hh, states, suffix, backend, options | {"batch_sizes": batch.batch_sizes})
         output, last = self._run(batch.pad(x), weight_hh, states, suffix, backend, options)
         return batch.pack(output), last
@@ -285,7 +286,7 @@ class Gated(nn.Module):
     def _run(
         self, x: Tensor, weight_hh: Tensor, states: Any, suffix: str, backend: str, options: dict[str, Any]
     ) -> tuple[Tensor, States]:
-        if getattr(self, "proj_size", 0) > 0:
+        if self.proj_size > 0:
             return lstmp(x, weight_hh, getattr(self, "weight_hr" + suffix), states, backend=backend, **options)
         is_lstm = self._op == "lstm"
         state = states if is_lstm or states is None else states[0]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recattn_kernels import checks
 from recattn_kernels.layers.autocast import accepted_dtypes
-from recattn_kernels.layers.gated_base import Gated
+from recattn_kernels.layers.gated_base import Gated, States
 from recattn_kernels.layers.tracing import Proxy, leaf
 
 
@@ -23,14 +24,15 @@ class Cell(Gated, nn.RNNCellBase):
         dim = input.dim()
         if dim not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
-        weight_ih = self.weight_ih
+        weight_ih = self._parameter("weight_ih")
         checks.device(name, "input", input, "weight_ih", weight_ih)
         checks.dtype(name, "input", input, accepted_dtypes(input, weight_ih.dtype))
         states = self._states(hx, input)
         B = input.shape[0] if dim == 2 else 1
         backend = self._backend(input, 1, B, [])
         if backend == "vendor":
-            return super().forward(input, hx)
+            batched = dim == 2 and (states is None or all(s.dim() == 2 for s in states))
+            return self._kernel(input, states, weight_ih) if batched else super().forward(input, hx)
 
         # In the words of torch.nn's cells, and of the C++ beneath them.
         if input.shape[-1] != self.input_size:
@@ -52,6 +54,15 @@ class Cell(Gated, nn.RNNCellBase):
         if dim == 1:
             last = tuple(s.squeeze(0) for s in last)
         return last if self._op == "lstm" else last[0]
+
+    # torch.nn's forward without what it checks, which of a small cell takes as long as the kernel.
+    def _kernel(self, input: Tensor, states: States | None, weight_ih: Tensor) -> Any:
+        if states is None:
+            zeros = input.new_zeros(input.shape[0], self.hidden_size)
+            states = (zeros, zeros)
+        kernel = getattr(torch, f"{self._cell}_cell")
+        weights = (weight_ih, *map(self._parameter, ("weight_hh", "bias_ih", "bias_hh")))
+        return kernel(input, states if self._op == "lstm" else states[0], *weights)
 
 
 class RNNCell(Cell, nn.RNNCell):
