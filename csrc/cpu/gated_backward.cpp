@@ -186,8 +186,8 @@ class Backward {
 
   // What this step writes of a row and the next one reads.
   void ask_for(int64_t t, int64_t b, int64_t i) const {
-    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), later = p.reverse ? t + 1 : t - 1;
-    const int64_t next = later >= 0 && later < p.T ? later : t;
+    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), after = p.reverse ? t + 1 : t - 1;
+    const int64_t next = after >= 0 && after < p.T ? after : t;  // starts[] has no other
     for (int g = 0; g < KEPT && p.gates; ++g) fetch(kept(p.gates, KEPT, next, b) + g * p.H + j, n * sizeof(R));
     if (LSTM) fetch(kept(p.cells, 1, next, b) + j, n * sizeof(R));
     if (p.grad_output.data) fetch(place(p, p.grad_output, next, b, j), n * size_of(p.dtype));

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recattn_kernels import backends, checks
 from recattn_kernels.layers.autocast import accepted_dtypes, autocasts, projected_dtype
-from recattn_kernels.layers.gated_backend import fused_runs, vendor_is_faster
+from recattn_kernels.layers.gated_backend import TABLES, fused_runs, vendor_is_faster
 from recattn_kernels.layers.lstmp import lstmp
 from recattn_kernels.layers.options import changed_options
 from recattn_kernels.layers.packing import Packed, Padded
@@ -295,7 +295,7 @@ class Gated(nn.Module):
         op = OPS[self._op]
         if "batch_sizes" in options:  # which the public functions do not have
             call = op.normalise(x, weight_hh, state, **options)
-            output, h_n, c_n = run(self._op, call, op.BACKENDS, backend)
+            output, h_n, c_n = run(self._op, call, TABLES[self._op], backend)
             return output, (h_n, c_n) if is_lstm else (h_n,)
         output, last = getattr(op, self._op)(x, weight_hh, state, backend=backend, **options)
         return output, last if is_lstm else (last,)
