@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "slot_attention.h"
+#include "slot_update.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,25 @@ P common(const Arguments& arguments) {
   return p;
 }
 
+// Of an update of the slots: sizes (R, D, M), threads, eps; the inputs as slot_update.h lists them; what is kept.
+using UpdateArguments =
+    std::tuple<std::array<int64_t, 3>, int, float, std::array<uintptr_t, 12>, std::array<uintptr_t, 5>>;
+
+template <class P>
+P update(const UpdateArguments& arguments) {
+  P p{};
+  const auto& [sizes, threads, eps, inputs, kept] = arguments;
+  p.R = sizes[0], p.D = sizes[1], p.M = sizes[2];
+  p.threads = threads;
+  p.eps = eps;
+  const float** const read[] = {&p.updates, &p.slots, &p.weight_ih, &p.weight_hh, &p.bias_ih, &p.bias_hh,
+                                &p.norm_weight, &p.norm_bias, &p.up, &p.up_bias, &p.down, &p.down_bias};
+  for (size_t i = 0; i < inputs.size(); ++i) *read[i] = pointer<float>(inputs[i]);
+  float** const written[] = {&p.x_gates, &p.h_gates, &p.normed, &p.rstd, &p.hidden};
+  for (size_t i = 0; i < kept.size(); ++i) *written[i] = pointer<float>(kept[i]);
+  return p;
+}
+
 }  // namespace
 
 void bind_slot_attention(py::module_& m) {
@@ -69,6 +89,26 @@ void bind_slot_attention(py::module_& m) {
           p.grad_v = rows(std::get<3>(grads));
           py::gil_scoped_release release;
           RECATTN_RUN(slot_attention_backward, p);
+        });
+
+  m.def("slot_update_forward", [](const UpdateArguments& arguments, uintptr_t result) {
+    auto p = update<SlotUpdateForward>(arguments);
+    p.result = pointer<float>(result);
+    py::gil_scoped_release release;
+    RECATTN_RUN(slot_update_forward, p);
+  });
+
+  // grads: in the order of the inputs, null where they are not wanted.
+  m.def("slot_update_backward",
+        [](const UpdateArguments& arguments, uintptr_t grad_result, const std::array<uintptr_t, 12>& grads) {
+          auto p = update<SlotUpdateBackward>(arguments);
+          p.grad_result = pointer<float>(grad_result);
+          float** const wanted[] = {&p.grad_updates, &p.grad_slots, &p.grad_weight_ih, &p.grad_weight_hh,
+                                    &p.grad_bias_ih, &p.grad_bias_hh, &p.grad_norm_weight, &p.grad_norm_bias,
+                                    &p.grad_up, &p.grad_up_bias, &p.grad_down, &p.grad_down_bias};
+          for (size_t i = 0; i < grads.size(); ++i) *wanted[i] = pointer<float>(grads[i]);
+          py::gil_scoped_release release;
+          RECATTN_RUN(slot_update_backward, p);
         });
 }
 

@@ -15,8 +15,9 @@ from recattn_kernels.layers.autocast import accepted_dtypes
 from recattn_kernels.layers.gated_cell import GRUCell
 from recattn_kernels.layers.options import changed_options, from_generator
 from recattn_kernels.layers.slot_attention_inputs import Attention, attention_over, is_plain, linear
-from recattn_kernels.layers.slot_attention_iterations import Masks, fused
+from recattn_kernels.layers.slot_attention_iterations import Masks, fused, update_weights
 from recattn_kernels.layers.tracing import Proxy, leaf, unscriptable
+from recattn_kernels.ops.slot_attention import update
 from recattn_kernels.ops.slot_attention.api import EPS_MODES, HEAD_SOFTMAX
 
 NAME = "SlotAttention"
@@ -238,15 +239,16 @@ class SlotAttention(nn.Module):
         found = fused(self, attention, slots, times, return_attn, masks, backend)
         if found is not None:
             return found
-        attn = None
+        attn, weights = None, update_weights(self, slots, backend)
         for i in range(times):
-            slots, attn = self._iteration(attention, slots, return_attn and i == times - 1, backend)
+            updates, attn = attention.attend(self.norm_slots(slots), return_attn and i == times - 1)
+            if weights is None:
+                slots = self._updated(slots, updates, backend)
+            else:
+                slots = update.run(updates, slots, weights, self.norm_mlp.eps)
         return slots, attn
 
-    def _iteration(
-        self, attention: Attention, slots: Tensor, return_attn: bool, backend: str
-    ) -> tuple[Tensor, Tensor | None]:
-        updates, attn = attention.attend(linear(self.project_q, self.norm_slots(slots), backend), return_attn)
+    def _updated(self, slots: Tensor, updates: Tensor, backend: str) -> Tensor:
         if self.gru is None:
             slots = slots + updates
         else:
@@ -254,7 +256,8 @@ class SlotAttention(nn.Module):
         hidden = self.norm_mlp(slots)
         for module in self.mlp if is_plain(self.mlp, nn.Sequential) else (self.mlp,):
             hidden = linear(module, hidden, backend)
-        return slots + hidden, attn
+        result: Tensor = slots + hidden
+        return result
 
     def _check(
         self,

@@ -7,6 +7,10 @@ With x = gamma * n + beta, n the inputs normalised without scale and shift, and 
 
 so that one product with W_k of each slot takes the place of one of each input: n is then both keys and values, and is
 all that the kernel reads. sum W is 1 in eps_mode "add", and 0 for a slot or a sample that is masked.
+
+The projection of the queries goes into the same product where the slots of all iterations are more rows than it has:
+q = W_q s + b_q, of slots s after their norm, and W_k^T q = (W_k^T W_q) s + W_k^T b_q. What all slots of an input gain
+alike, as q . W_k beta from b_q, the softmax over them takes out.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 
 
 class Attention(NamedTuple):
-    """What every iteration attends to: attend(q (B, K, D), whether A is wanted) gives updates (B, K, D), A or None.
+    """What every iteration attends to: attend(s, whether A is wanted) gives updates (B, K, D), A or None.
+
+    s (B, K, D): the slots after their norm, of which the queries are made.
 
     k, v: what it reads, v None where k itself is the values. absorbed: W_k and W_v with their shifts, where they are
     applied to the queries and the updates.
@@ -65,7 +71,7 @@ def attention_over(
         "eps_mode": layer.eps_mode, "input_mask": input_mask, "backend": backend,
     }  # fmt: skip
     if absorbs(layer, inputs.shape[1], K):
-        return _absorbed(layer, inputs, slot_mask, input_mask, options, times)
+        return _absorbed(layer, inputs, K, slot_mask, input_mask, options, times)
     return _projected(layer, inputs, slot_mask, options, times)
 
 
@@ -107,7 +113,8 @@ def _projected(
 
     once = repeated(k, v, times, slot_mask=slot_mask, head_softmax=layer.head_softmax, **options)
 
-    def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(s: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+        q = linear(layer.project_q, s, backend)
         updates, attn = once(_by_head(q, layer.heads), None, return_attn)
         return updates if layer.heads == 1 else updates.transpose(1, 2).flatten(2), attn
 
@@ -130,6 +137,7 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
 def _absorbed(
     layer: SlotAttention,
     inputs: Tensor,
+    K: int,
     slot_mask: Tensor | None,
     input_mask: Tensor | None,
     options: dict[str, Any],
@@ -148,15 +156,10 @@ def _absorbed(
         summed = some if summed is None else summed & some
     shift = value_shift if summed is None else value_shift * summed.unsqueeze(-1)
     once = repeated(x, None, times, **options)
+    queries = _queries(layer, key, key_shift, inputs.shape[0] * K, backend)
 
-    def attend(q: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        K = q.shape[1]
-        if heads == 1:
-            rows, bias = project(q, key.t(), None, backend), torch.matmul(q, key_shift)
-        else:
-            by_head = q.unflatten(-1, (heads, -1))
-            rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
-            bias = torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
+    def attend(s: Tensor, return_attn: bool) -> tuple[Tensor, Tensor | None]:
+        rows, bias = queries(s)
         mean, attn = once(rows, options["scale"] * bias, return_attn)  # (B, heads * K, input_dim)
         if heads == 1:
             updates = project(mean, value, None, backend)
@@ -167,6 +170,36 @@ def _absorbed(
         return updates + shift, attn
 
     return Attention(attend, x, None, (key, key_shift, value, value_shift), options["scale"])
+
+
+def _queries(
+    layer: SlotAttention, key: Tensor, key_shift: Tensor, slots: int, backend: str
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """s -> W_k^T q (B, heads * K, input_dim), and what the logits gain by key_shift, before their scale."""
+    heads, project_q = layer.heads, layer.project_q
+    if heads == 1 and is_plain(project_q, nn.Linear) and _folds(layer, key, slots):
+        weight = project(key.t(), project_q.weight.t(), None, backend)  # (input_dim, D)
+        shift = torch.mv(project_q.weight.t(), key_shift)
+        constant = None if project_q.bias is None else torch.mv(key.t(), project_q.bias)
+        return lambda s: (project(s, weight, constant, backend), torch.matmul(s, shift))
+
+    def queries(s: Tensor) -> tuple[Tensor, Tensor]:
+        q = linear(project_q, s, backend)
+        if heads == 1:
+            return project(q, key.t(), None, backend), torch.matmul(q, key_shift)
+        by_head = q.unflatten(-1, (heads, -1))
+        rows = torch.einsum("bkhd,hde->bhke", by_head, key.unflatten(0, (heads, -1))).flatten(1, 2)
+        return rows, torch.einsum("bkhd,hd->bhk", by_head, key_shift.unflatten(0, (heads, -1))).flatten(1, 2)
+
+    return queries
+
+
+def _folds(layer: SlotAttention, key: Tensor, slots: int) -> bool:
+    """Whether W_k^T W_q takes fewer multiply-adds than W_q s in every iteration, of so many slots in all samples."""
+    # In 16 bits it would be rounded. On a GPU iterations that are one launch do not need it.
+    if torch.compiler.is_compiling() or key.dtype not in (torch.float32, torch.float64) or autocasts(key):
+        return False
+    return key.device.type == "cpu" and layer.input_dim < layer.iters * slots
 
 
 def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
