@@ -14,7 +14,7 @@ GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
 .DEFAULT_GOAL := help
 CSRC_TEST_NAMES := $(patsubst csrc/tests/test_%.cpp,test-csrc-%,$(wildcard csrc/tests/test_*.cpp))
-.PHONY: FORCE help setup bench test test-csrc $(CSRC_TEST_NAMES) lint aot demo gpu gpu-test gpu-check gpu-bench clean
+.PHONY: FORCE help setup bench test test-csrc $(CSRC_TEST_NAMES) lint aot docs demo gpu gpu-test gpu-check gpu-bench clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-csrc  the C++ of csrc alone, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint       ruff and mypy"
 	@echo "make aot        every Triton kernel compiled for every GPU architecture, without a GPU"
+	@echo "make docs       the tables of README.md from what the package says of itself and from benchmarks/results"
 	@echo "make demo       the adding problem, small"
 	@echo "make gpu        gpu-test, gpu-check and gpu-bench, with the current python3 on an NVIDIA GPU; results in OUT=$(OUT)"
 	@echo "make clean      removes what builds left; $(VENV) keeps what it downloaded"
@@ -105,6 +106,9 @@ lint: $(VENV)/requirements.stamp
 
 aot: setup
 	$(BIN)/python -m pytest -q tests/test_aot.py --aot-full
+
+docs: setup
+	$(BIN)/python -m recattn_kernels.bench.report
 
 demo: setup
 	$(BIN)/python examples/adding_problem.py --quick

@@ -155,14 +155,19 @@ def allows_tf32() -> bool:
     return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
-@functools.cache
-def _plain_keys(device_type: str) -> tuple[Any, ...]:
-    """Of an ordinary tensor and of an inference tensor, which has none of autograd's."""
+# Whether a tensor with these dispatch keys is numbers on a device and nothing more.
+_plain: dict[int, bool] = {}
+
+
+def _is_plain(x: Tensor) -> bool:
+    """An ordinary tensor, or an inference tensor, which has none of autograd's keys."""
+    if x.is_meta:
+        return False
     keys = []
     for mode in (False, True):
         with torch.inference_mode(mode):
-            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device_type)))
-    return tuple(keys)
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=x.device)))
+    return torch._C._dispatch_keys(x) in keys
 
 
 def tracing() -> bool:
@@ -185,8 +190,12 @@ def dispatches(*inputs: Tensor | None) -> bool:
     if torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):  # make_fx(pre_dispatch=True)
         return True
     for x in inputs:  # not any(...): a generator is a call more for every tensor
-        if x is not None and (x.is_meta or torch._C._dispatch_keys(x) not in _plain_keys(x.device.type)):
-            return True
+        if x is not None:
+            keys = torch._C._dispatch_keys(x).raw_repr()
+            if keys not in _plain:
+                _plain[keys] = _is_plain(x)
+            if not _plain[keys]:
+                return True
     return False
 
 

@@ -275,7 +275,7 @@ def test_no_large_temporary(spec: OpSpec, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", FUSED_ON_CPU)
 def test_inference_tensors_take_the_short_way(spec: OpSpec, first: bool) -> None:
     """Past the dispatcher, as ordinary tensors do, whichever of both the process has met first."""
-    backends._plain_keys.cache_clear()
+    backends._plain.clear()
     with torch.inference_mode(first):
         assert not backends.dispatches(torch.zeros(1))
     sample = next(s for s in spec.samples if s.name == "everything")

@@ -248,7 +248,7 @@ def test_generated_sections_are_up_to_date(name: str) -> None:
     text = file.read_text() if file.exists() else ""
     if ":begin -->" not in text:
         pytest.skip(f"{name} has no generated sections")
-    assert report.generated(text, report.load_results()) == text, "python -m recattn_kernels.bench.report"
+    assert report.generated(text, report.load_results()) == text, "make docs"
 
 
 def test_report_of_an_installed_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
