@@ -62,6 +62,12 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.fixture
+def absorbing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SlotAttention absorbs its projections as if calls took no time: of the sizes in tests few would be enough."""
+    monkeypatch.setattr("recattn_kernels.layers.slot_attention_inputs.ABSORBED_CALLS", 0)
+
+
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """torch.compile with nothing left of earlier compilations."""
     torch._dynamo.reset()

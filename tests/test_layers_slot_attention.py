@@ -15,6 +15,7 @@ from recattn_kernels.layers import slot_attention_inputs
 from recattn_kernels.layers.slot_attention_inputs import absorbs
 
 B, N, K, D, D_IN = 3, 40, 4, 8, 6
+pytestmark = pytest.mark.usefixtures("absorbing")
 
 
 def make(*args: Any, **options: Any) -> SlotAttention:
@@ -124,7 +125,7 @@ def test_agrees_with_plain_iterations(name: str, masked: bool, monkeypatch: pyte
     absorbed = []
     for cost in (1e9, 0.0):  # keys and values, or none, in so far as they can be absorbed
         monkeypatch.setattr(slot_attention_inputs, "ATTENTION_COST", cost)
-        absorbed.append(absorbs(layer, N, K))
+        absorbed.append(absorbs(layer, inputs, K))
         outputs = layer(inputs, slots, **masks, return_attn=True)
         torch.testing.assert_close((*outputs, *grads(outputs, wanted)), expected)
         torch.testing.assert_close(layer(inputs, slots, **masks), outputs[0])
@@ -135,16 +136,25 @@ def test_agrees_with_plain_iterations(name: str, masked: bool, monkeypatch: pyte
 
 
 def test_absorbs_where_it_takes_fewer_operations() -> None:
+    def of(layer: SlotAttention, N: int) -> bool:
+        return absorbs(layer, torch.empty(1, N, layer.input_dim), layer.num_slots)
+
     layer = SlotAttention(7, 64)
-    assert absorbs(layer, 16384, 7) and absorbs(layer, 1024, 7)
-    assert not absorbs(layer, 16, 7)  # fewer inputs than slots over the iterations
-    assert not absorbs(layer, 0, 7)
-    assert absorbs(SlotAttention(7, 64, input_dim=384), 1024, 7)
-    assert not absorbs(SlotAttention(64, 64, input_dim=384), 1024, 64)
-    assert not absorbs(SlotAttention(7, 64, input_dim=768), 1024, 7)  # more features than the kernels take
-    assert absorbs(SlotAttention(4, 64, heads=2, head_softmax="joint"), 1024, 4)
-    assert not absorbs(SlotAttention(64, 64, heads=4, head_softmax="joint"), 1024, 64)
-    assert not absorbs(SlotAttention(7, 64, eps=0.0), 1024, 7)
+    assert of(layer, 16384) and of(layer, 1024)
+    assert not of(layer, 16)  # fewer inputs than slots over the iterations
+    assert not of(layer, 0)
+    assert of(SlotAttention(7, 64, input_dim=384), 1024)
+    assert not of(SlotAttention(64, 64, input_dim=384), 1024)
+    assert not of(SlotAttention(7, 64, input_dim=768), 1024)  # more features than the kernels take
+    assert of(SlotAttention(4, 64, heads=2, head_softmax="joint"), 1024)
+    assert not of(SlotAttention(64, 64, heads=4, head_softmax="joint"), 1024)
+    assert not of(SlotAttention(7, 64, eps=0.0), 1024)
+
+
+def test_absorbs_where_that_pays_for_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of the fixture absorbing
+    layer = SlotAttention(7, 64)
+    assert [absorbs(layer, torch.empty(samples, 256, 64), 7) for samples in (1, 16)] == [False, True]
 
 
 @pytest.mark.parametrize("change", ["hook", "parametrised", "another norm", "frozen norm"])
@@ -152,7 +162,7 @@ def test_follows_what_is_put_in_place_of_its_parts(change: str) -> None:
     layer = make()
     inputs, slots = randn(B, N, D), randn(B, K, D)
     before = layer(inputs, slots)
-    assert absorbs(layer, N, K)
+    assert absorbs(layer, inputs, K)
     if change == "hook":
         layer.project_v.register_forward_hook(lambda module, args, output: output + 1)
     elif change == "parametrised":
@@ -163,7 +173,7 @@ def test_follows_what_is_put_in_place_of_its_parts(change: str) -> None:
         layer.norm_inputs = nn.Identity()
     else:
         layer.norm_inputs = nn.LayerNorm(D, elementwise_affine=False)
-    assert not absorbs(layer, N, K)
+    assert not absorbs(layer, inputs, K)
     assert not torch.allclose(layer(inputs, slots), before)
 
 

@@ -19,6 +19,7 @@ from recattn_kernels.ops.slot_attention import iterations
 K, D = 4, 32
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 interpret = pytest.mark.interpret
+pytestmark = pytest.mark.usefixtures("absorbing")
 
 
 @pytest.fixture

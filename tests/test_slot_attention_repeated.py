@@ -17,6 +17,7 @@ from recattn_kernels.ops.slot_attention.repeated import repeated
 from recattn_kernels.spec import cast, tensors
 
 TIMES = 3
+pytestmark = pytest.mark.usefixtures("absorbing")
 BACKENDS = ["cpp", pytest.param("triton", marks=pytest.mark.interpret)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -12,7 +12,10 @@ from recattn_kernels import SlotAttention, backends
 from recattn_kernels.layers import slot_attention as layer_module
 from recattn_kernels.ops.slot_attention import update
 
-pytestmark = pytest.mark.skipif(isinstance(backends.extension("_cpu"), str), reason=str(backends.extension("_cpu")))
+pytestmark = [
+    pytest.mark.skipif(isinstance(backends.extension("_cpu"), str), reason=str(backends.extension("_cpu"))),
+    pytest.mark.usefixtures("absorbing"),
+]
 EPS = 1e-5
 
 

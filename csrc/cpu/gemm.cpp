@@ -4,8 +4,8 @@
 // operands are packed into panels that it reads one element after the other: a panel of B stays in the first-level
 // cache, a block of panels of A in the second, and all of B, or as much as fits, in the third. Each element of C sums
 // its blocks of KC products in their order, so the result does not depend on the number of threads, and the error
-// grows with KC + K / KC, not K. Units that multiply tiles (amx.h) do the same with strips. Where A has few rows the product costs no more than reading B, and B is not packed;
-// where it has few columns, no more than writing C.
+// grows with KC + K / KC, not K. Units that multiply tiles (amx.h) do the same with strips. Where A has few rows the
+// product costs no more than reading B, and B is not packed; where it has few columns, no more than writing C.
 #include "gemm_amx.h"
 #include "kernels.h"
 

@@ -22,7 +22,8 @@ struct Update {
   explicit Update(const SlotUpdate& p) : p(p) {}
 
   // c (m, n) = a (m, k) b (k, n) + bias
-  void multiply(int64_t m, int64_t n, int64_t k, Matrix<float> a, Matrix<float> b, float* c, const float* bias = nullptr) const {
+  void multiply(int64_t m, int64_t n, int64_t k, Matrix<float> a, Matrix<float> b, float* c,
+                const float* bias = nullptr) const {
     gemm({m, n, k, Dtype::float32, a.data, a.row, a.col, b.data, b.row, b.col, c, n, bias, p.threads});
   }
 

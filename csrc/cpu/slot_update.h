@@ -18,7 +18,8 @@ struct SlotUpdate {
   const float *weight_ih, *weight_hh, *bias_ih, *bias_hh;    // (3 D, D), (3 D,), gates r z n
   const float *norm_weight, *norm_bias;                      // (D,)
   const float *up, *up_bias, *down, *down_bias;              // (M, D), (M,), (D, M), (D,)
-  float *x_gates, *h_gates, *normed, *rstd, *hidden;         // (R, 3 D) twice, (R, D), (R,), (R, M): kept for the backward
+  // Kept for the backward.
+  float *x_gates, *h_gates, *normed, *rstd, *hidden;         // (R, 3 D) twice, (R, D), (R,), (R, M)
 };
 
 struct SlotUpdateForward : SlotUpdate {

@@ -1,7 +1,7 @@
 // csrc/cpu/slot_update.cpp, and with it normalise.cpp, against their formulas in double precision.
 //
-// Every tensor is an allocation of its exact size, so that AddressSanitizer sees an access one element past it, and what
-// is to be written is NaN before.
+// Every tensor is an allocation of its exact size, so that AddressSanitizer sees an access one element past it, and
+// what is to be written is NaN before.
 #include <algorithm>
 #include <cmath>
 #include <random>

@@ -78,9 +78,10 @@ class SlotAttention(nn.Module):
     sqrt(6 / (1 + D)).
 
     Where that is cheaper the keys and values are never computed: W_k is applied to the queries and W_v to the weighted
-    mean of the normalised inputs, which is the same by associativity. On a GPU the iterations that need no gradient,
-    those of an evaluation and those before the last of an implicit grad_mode, are one launch where that is estimated
-    to be faster: see ops/slot_attention/iterations.py.
+    mean of the normalised inputs, which is the same by associativity. On a CPU GRU and MLP of an iteration are one
+    operation: see ops/slot_attention/update.py. On a GPU the iterations that need no gradient, those of an evaluation
+    and those before the last of an implicit grad_mode, are one launch where that is estimated to be faster: see
+    ops/slot_attention/iterations.py.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit; the message names the argument.
