@@ -1,4 +1,4 @@
-"""slot_attention of the same inputs several times, whose backward leaves dk and dv to one pass."""
+"""slot_attention of the same inputs several times, whose backward leaves dk and dv to one pass, or adds them up."""
 
 from __future__ import annotations
 
@@ -157,6 +157,61 @@ def test_one_gradient_needed_and_calls_apart(backend: str, needed: str, passes: 
     assert passes == [backend]
 
 
+# Without `passes`, which has every call deferred.
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each backward that adds to a dk: whether there was one to add to."""
+    found: list[bool] = []
+
+    def backward(self: Any, grads: Any, *rest: Any) -> Any:
+        found.append(grads[1] is not None)
+        return original(self, grads, *rest)
+
+    original = module._Added._backward
+    monkeypatch.setattr(module._Added, "_backward", backward)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 5, 70, 16, None), (2, 20, 33, 70, None)])
+def test_calls_that_add_conform(sizes: Any, masks: bool, dtype: torch.dtype, added: list[bool]) -> None:
+    judge(chain, Case(sizes, bias=True, masks=masks), "cpp", dtype)
+    assert added == [False, True, True]
+
+
+def test_calls_that_add_have_second_derivatives() -> None:
+    def first(q: Tensor, k: Tensor, v: None, bias: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        updates, total = chain(q, k, v, bias, **options)
+        return torch.autograd.grad(updates.square().sum() + total.sin().sum(), (q, k, bias), create_graph=True)
+
+    judge(first, Case((1, 3, 7, 4, None), bias=True), "cpp", F32)
+
+
+def test_calls_that_add_and_calls_apart(added: list[bool]) -> None:
+    """One that nothing follows from, one that returns A, one without a gradient; backward twice, and of a batch."""
+    (q, k, _, _), _ = Case((1, 3, 40, 8, None)).make()
+
+    def total(attend: Callable[..., Any]) -> Tensor:
+        first, _ = attend(q, None, False)
+        attend(q + 1, None, False)
+        second, attn = attend(q * 2, None, True)
+        with torch.no_grad():
+            attend(q, None, False)
+        third, _ = attend(q.sin(), None, False)
+        return first * 2 + second + third.square() + attn.square().sum()
+
+    found = total(repeated(k, None, TIMES + 1, backend="cpp"))
+    expected = total(lambda q, bias, return_attn: (*slot_attention(q, k, return_attn=True, backend="reference"),))
+    grads = torch.eye(3, dtype=torch.float64)[..., None].expand(3, 3, 8).unsqueeze(1)
+    for _ in range(2):
+        ours = torch.autograd.grad(found, (q, k), grads[0], retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(expected, (q, k), grads[0], retain_graph=True))
+    assert added == [False, True, True] * 2
+    ours = torch.autograd.grad(found, (q, k), grads, is_grads_batched=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, (q, k), grads, is_grads_batched=True))
+
+
 def test_misuse(passes: list[str]) -> None:
     """More calls than announced, another number of slots, and a call without a gradient between two that have one."""
     (q, k, v, _), _ = CASES["denominator"]._replace(sizes=(1, 3, 9, 4, 5), masks=False).make()
@@ -215,3 +270,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.slot_attention_shared.default, (k, v, None, None, 2, 3, *options, "cpp"))
     inputs = (q, k, v, bias[..., 0], None, None, pending.detach().requires_grad_())
     torch.library.opcheck(ops.slot_attention_once.default, (*inputs, *options, False, False, "cpp"))
+    (flow,) = module.FLOW.on("cpp", (k,), ())
+    torch.library.opcheck(ops.slot_attention_flow.default, (k, "cpp"))
+    inputs = (q, k, None, bias[..., 0], None, None, flow.detach().requires_grad_())
+    torch.library.opcheck(ops.slot_attention_added.default, (*inputs, *options, False, False, "cpp"))

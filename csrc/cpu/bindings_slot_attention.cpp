@@ -75,10 +75,11 @@ void bind_slot_attention(py::module_& m) {
           RECATTN_RUN(slot_attention_forward, p);
         });
 
-  // flow: updates, den and grad_updates. grads: of q, bias (of R), k and v.
+  // flow: updates, den and grad_updates. grads: of q, bias (of R), k and v. add: to what those of k and v hold.
   m.def("slot_attention_backward",
         [](const Arguments& arguments, int64_t times, const std::array<SlotsArgument, 3>& flow,
-           const RowsArgument& grad_attn, const std::tuple<uintptr_t, uintptr_t, RowsArgument, RowsArgument>& grads) {
+           const RowsArgument& grad_attn, const std::tuple<uintptr_t, uintptr_t, RowsArgument, RowsArgument>& grads,
+           bool add) {
           auto p = common<SlotAttentionBackward>(arguments);
           p.times = times;
           p.updates = slots(flow[0]), p.den = slots(flow[1]), p.grad_updates = slots(flow[2]);
@@ -87,6 +88,7 @@ void bind_slot_attention(py::module_& m) {
           p.grad_bias = pointer(std::get<1>(grads));
           p.grad_k = rows(std::get<2>(grads));
           p.grad_v = rows(std::get<3>(grads));
+          p.add = add;
           py::gil_scoped_release release;
           RECATTN_RUN(slot_attention_backward, p);
         });

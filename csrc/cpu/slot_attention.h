@@ -49,6 +49,7 @@ struct SlotAttentionBackward : SlotAttention {  // q and bias (times, B, heads, 
   Slots grad_updates;        // as updates, or absent
   Rows grad_attn;            // (B, heads, K, N), or absent
   Rows grad_k, grad_v;       // absent: not wanted; grad_k has the gradient of both where v is k
+  bool add;                  // to what grad_k and grad_v hold
   void *grad_q, *grad_bias;  // of R; null: not wanted
 };
 

@@ -153,8 +153,11 @@ struct Backward {
              const R* vectors, int64_t count) {
     if (!t.data) return;
     const Block<R> to = sample.target(t, h, width, padded_width, inputs, out);
+    if (p.add && to.data == out) {
+      for (int64_t i = 0; i < inputs.count; ++i) read(out + i * to.step, t, sample.offset(t, h, inputs[i]), width);
+    }
     product<true>(weights, BLOCK, inputs.count, vectors, padded_width, count, const_cast<R*>(to.data), to.step,
-                  padded_width, true, sample.ahead);
+                  padded_width, !p.add, sample.ahead);
     sample.store(t, h, width, inputs, to, out);
   }
 

@@ -138,6 +138,14 @@ void compare_calls(const Case& c, SlotAttentionBackward p, Tensors<T>& t, const 
   for (const double value : c.shared ? dk : dv) largest = std::fmax(largest, std::fabs(value));
   compare("dk of two calls", t.dk, dk, text, largest);
   compare("dv of two calls", t.dv, dv, text, largest);
+  p.add = true;
+  RECATTN_RUN(slot_attention_backward, p);
+  const auto doubled = [](Numbers x) {
+    for (double& value : x) value *= 2;
+    return x;
+  };
+  compare("dk added to", t.dk, doubled(dk), text, 2 * largest);
+  compare("dv added to", t.dv, doubled(dv), text, 2 * largest);
 }
 
 template <class T>

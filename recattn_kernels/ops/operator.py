@@ -105,12 +105,15 @@ class Operator:
         return result
 
     def _registered_backward(self, *args: Any) -> Sequence[Tensor]:
-        # A schema's results are tensors: one that is not wanted has no elements.
+        # A schema's results are tensors: one that is not wanted has no elements, one that no gradient flows to is 0.
         n = self.outputs + len(self.saves)
         inputs, needs = args[n : n + self.inputs], args[-2]
         found = self._backward(args[: self.outputs], args[self.outputs : n], (*args[n:-2], args[-1]), needs)
         like = next(t for t in inputs if t is not None)
-        return tuple(like.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True))
+        return tuple(
+            like.new_empty(0) if t is None or not need else t.new_zeros(t.shape) if g is None else g
+            for t, g, need in zip(inputs, found, needs, strict=True)
+        )
 
     def _empty_grads(self, *args: Any) -> Sequence[Tensor]:
         n = self.outputs + len(self.saves)

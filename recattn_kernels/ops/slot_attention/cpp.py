@@ -32,8 +32,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def backward(
-    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Any], options: Any, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    grads: Sequence[Tensor | None], saved: Sequence[Tensor], inputs: Sequence[Any], options: Any, needs: Sequence[bool],
+    dk: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dk: to which that of this call is added, in place."""
     q, k, v, bias, slot_mask, input_mask = inputs
     scale, eps, denominator, joint, _ = options
     updates, mean, den = saved
@@ -44,7 +46,8 @@ def backward(
 
     partly = slot_mask is not None or input_mask is not None or q.shape[-2] == 0
     dq, dbias = wide(q, needs[0]), wide(bias, needs[3])
-    dk, dv = _grad_of(k, needs[1], partly), _grad_of(v, needs[2], partly)
+    add = dk is not None
+    dk, dv = dk if add else _grad_of(k, needs[1], partly), _grad_of(v, needs[2], partly)
     dattn = contiguous(grads[1])
     # Lives until the kernel has run: some are copies.
     slots = tuple(plain(x, dtype) for x in (q, bias, updates if updates.dtype == dtype else mean, den, grads[0]))
@@ -53,7 +56,7 @@ def backward(
     options = (scale_of(q, scale), eps, denominator, joint)
     holds, common = _common(sizes_of(q, k, v), k, v, slot_mask, input_mask, options, *rows[:2])
     cpu().slot_attention_backward(
-        common, 1, rows[2:], _rows(dattn), (pointer(dq), pointer(dbias), _rows(dk), _rows(dv))
+        common, 1, rows[2:], _rows(dattn), (pointer(dq), pointer(dbias), _rows(dk), _rows(dv)), add
     )
     del holds
     if dq is not None:
@@ -75,7 +78,8 @@ def inputs_backward(
     q, du, updates, bias, den = (_slots(part, calls.shape[-1]) for part in parts)
     options, sizes = (scale, eps, denominator, False), sizes_of(parts[0][0], k, v)
     holds, common = _common(sizes, k, v, slot_mask, input_mask, options, q, bias)
-    cpu().slot_attention_backward(common, calls.shape[0], (updates, den, du), _rows(None), (0, 0, _rows(dk), _rows(dv)))
+    grads = (0, 0, _rows(dk), _rows(dv))
+    cpu().slot_attention_backward(common, calls.shape[0], (updates, den, du), _rows(None), grads, False)
     del holds
     return dk, dv
 

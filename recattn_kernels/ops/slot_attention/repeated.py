@@ -1,9 +1,13 @@
-"""slot_attention of the same inputs several times, as the iterations of a layer call it, with one pass for dk and dv.
+"""slot_attention of the same inputs several times, as the iterations of a layer call it: dk and dv in one pass, or one
+sum that each call adds to.
 
 The gradients of k and v are sums over the calls, and each call's backward would read k and v, write theirs, and add
 them to the others'. Here it computes dq and dbias alone and hands on what it was given, so that one pass in the end,
 which computes every A anew, writes dk and dv once. What is handed on flows through autograd as a gradient, that of
 `pending`: SHARED makes it of k and v, each call, ONCE, takes one row off it, and in the backward puts one on.
+
+Where each call's pass is the faster (see pays()) but v is k, its backward adds to the dk of the calls after it, which
+arrives as the gradient of `flow`: FLOW makes it of k, and each call, ADDED, hands it on.
 """
 
 from __future__ import annotations
@@ -69,9 +73,69 @@ class _Once(Operator):
         return dq, None, None, dbias, None, None, handed
 
 
+_OURS = "_sum_of_slot_attention_added"  # an attribute of a sum that ADDED's backward has made, and so may write to
+
+
+class _Flow(Operator):
+    """k -> flow, whose gradient is dk."""
+
+    def _forward(self, *args: Any) -> Sequence[Tensor]:
+        return tuple(self.empty(*args[:-1]))
+
+    def _backward(self, grads: Results, saved: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]) -> Results:
+        if hasattr(grads[0], _OURS):
+            delattr(grads[0], _OURS)
+        return (grads[0],)
+
+
+class _Added(Operator):
+    """q, k, ..., flow -> updates, and flow for the next call."""
+
+    def _forward(self, *args: Any) -> Sequence[Tensor]:
+        *inputs, flow = args[: self.inputs]
+        updates, _, mean, den = backends.load(NAME, args[-1]).forward(*inputs, *args[self.inputs : -1])
+        return updates, _like(flow), mean, den
+
+    def _backward(self, grads: Results, saved: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]) -> Results:
+        inputs = args[: self.inputs - 1]
+        du, dk = grads
+        if du is None:
+            return *(None for _ in inputs), dk
+        if dk is not None and not hasattr(dk, _OURS):
+            dk = dk.clone(memory_format=torch.contiguous_format)
+        wanted = (needs[0], needs[-1], False, needs[3], False, False)
+        options, fused = args[self.inputs : -1], backends.load(NAME, args[-1])
+        dq, dk, _, dbias, _, _ = fused.backward((du, None), saved, inputs, options, wanted, dk)
+        if dk is not None:
+            setattr(dk, _OURS, True)
+        return dq, None, None, dbias, None, None, dk
+
+    def _registered_backward(self, *args: Any) -> Sequence[Tensor]:
+        # A registered op changes none of its inputs.
+        du, dk, *rest = args
+        if hasattr(dk, _OURS):
+            dk = dk.clone()
+        return super()._registered_backward(du, dk, *rest)
+
+
 def _nothing(like: Tensor, times: int) -> Tensor:
     """Zeros of the shape of pending that take no memory: only the gradient has something to say."""
     return like.new_zeros(()).expand(times, *like.shape[1:]).detach()
+
+
+def _like(x: Tensor) -> Tensor:
+    """Zeros of the shape of x that take no memory."""
+    return x.new_zeros(()).expand(x.shape).detach()
+
+
+def _empty_added(*args: Any) -> tuple[Tensor, ...]:
+    updates, _, mean, den = empty_forward(*args[:6], *args[7:])
+    return updates, _like(args[6]), mean, den
+
+
+def _added(*args: Any) -> tuple[Tensor | None, ...]:
+    updates, _ = reference.slot_attention(*args[:6], *args[7:])  # whose gradient has dk: flow has that of later calls
+    return updates, args[6].clone()
 
 
 def _empty_shared(
@@ -112,6 +176,24 @@ ONCE = _Once(
     definition=_once,
     empty=_empty_once,
 )
+FLOW = _Flow(
+    "slot_attention_flow",
+    inputs="Tensor k",
+    outputs=("flow",),
+    definition=lambda k: (_like(k),),
+    empty=lambda k: (_like(k),),
+)
+ADDED = _Added(
+    "slot_attention_added",
+    inputs=f"{INPUTS}, Tensor flow",
+    options=OPTIONS,
+    outputs=("updates", "rest"),
+    kept=("mean", "den"),
+    saves=("updates", "mean", "den"),
+    elsewhere=("k", "v"),
+    definition=_added,
+    empty=_empty_added,
+)
 
 
 # q, bias, whether A is wanted -> updates, A or None
@@ -123,9 +205,10 @@ def repeated(k: Tensor, v: Tensor | None, times: int, **options: Any) -> Attend:
     requested = options.pop("backend", None)
     backend = ""
     pending: Tensor | None = None
+    flow: Tensor | None = None
 
     def attend(q: Tensor, bias: Tensor | None, return_attn: bool) -> tuple[Tensor, Tensor | None]:
-        nonlocal backend, pending
+        nonlocal backend, pending, flow
         call = api.normalise(q, k, v, bias=bias, return_attn=return_attn, **options)
         if not backend:
             backend = backends.choose(NAME, requested, BACKENDS, call)
@@ -133,10 +216,16 @@ def repeated(k: Tensor, v: Tensor | None, times: int, **options: Any) -> Attend:
                 scale, eps, denominator, _, _ = call.options
                 shared = (times, q.shape[-2], scale_of(q, scale), eps, denominator)
                 (pending,) = SHARED.on(backend, (k, call.inputs[2], *call.inputs[4:]), shared)
+            elif times > 1 and _adds(backend, call):
+                (flow,) = FLOW.on(backend, (k,), ())
         # A call without a gradient must not cut those after it off: its rest of pending would have none either.
-        if pending is None or return_attn or not torch.is_grad_enabled():
+        if (pending is None and flow is None) or return_attn or not torch.is_grad_enabled():
             updates, attn = api.OPERATOR.on(backend, call.inputs, call.options)
             return updates, attn if return_attn else None
+        if flow is not None:
+            updates, flow = ADDED.on(backend, (*call.inputs, flow), call.options)
+            return updates, None
+        assert pending is not None
         if pending.shape[0] == 0:
             raise RuntimeError(f"{NAME}: repeated() was announced {times} calls, and this is one more")
         if pending.shape[-2] != q.shape[-2]:
@@ -153,6 +242,14 @@ def _defers(backend: str, call: Call) -> bool:
     joint = call.options[3]
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (k, v))
     return backend != "reference" and needed and not backends.tracing() and not joint and pays(backend, call)
+
+
+def _adds(backend: str, call: Call) -> bool:
+    """Whether the calls add up dk in their backward, where torch would read and write it once more for each."""
+    k, v = call.inputs[1:3]
+    if backend != "cpp" or v is not None or backends.tracing() or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and k is not None and k.requires_grad
 
 
 # Beyond it the CPU computes every A anew for longer than it adds up gradients.
