@@ -165,14 +165,14 @@ SHARED = _Shared(
     definition=_empty_shared,
     empty=_empty_shared,
 )
+_OF_A_CALL: dict[str, Any] = {
+    "options": OPTIONS, "outputs": ("updates", "rest"), "kept": ("mean", "den"), "saves": ("updates", "mean", "den"),
+    "elsewhere": ("k", "v"),
+}  # fmt: skip
 ONCE = _Once(
     "slot_attention_once",
     inputs=f"{INPUTS}, Tensor pending",
-    options=OPTIONS,
-    outputs=("updates", "rest"),
-    kept=("mean", "den"),
-    saves=("updates", "mean", "den"),
-    elsewhere=("k", "v"),
+    **_OF_A_CALL,
     definition=_once,
     empty=_empty_once,
 )
@@ -186,11 +186,7 @@ FLOW = _Flow(
 ADDED = _Added(
     "slot_attention_added",
     inputs=f"{INPUTS}, Tensor flow",
-    options=OPTIONS,
-    outputs=("updates", "rest"),
-    kept=("mean", "den"),
-    saves=("updates", "mean", "den"),
-    elsewhere=("k", "v"),
+    **_OF_A_CALL,
     definition=_added,
     empty=_empty_added,
 )
