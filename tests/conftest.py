@@ -20,6 +20,7 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import pytest
 import torch
+from emulation import cuda_on_the_cpu, emulated  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"

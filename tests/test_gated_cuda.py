@@ -1,22 +1,14 @@
-"""The CUDA kernels of rnn, lstm and gru on a CPU: csrc/tests/emulation runs the sources as they are, every thread of
-every block, in a random order. What a GPU does to them beyond that the tests marked cuda see."""
+"""The CUDA kernels of rnn, lstm and gru, emulated on the CPU."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
 import random
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from emulation import GPU
 from test_conformance import judge
 
 from recattn_kernels import backends, conformance, registry
@@ -26,7 +18,8 @@ from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.spec import Samples
 from recattn_kernels.spec import Sample, tensors
 
-CSRC = Path(__file__).parents[1] / "csrc"
+pytestmark = pytest.mark.usefixtures("cuda_on_the_cpu")
+
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 OPS = tuple(GATES)
 # The others differ from these in what happens before a kernel is launched.
@@ -38,57 +31,6 @@ SAMPLES = (
 )  # fmt: skip
 EVERYTHING = ("everything", "layer_norm_everything", "original_everything")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-GPU = launch_plan.Gpu(multiprocessors=9, shared=100_000)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    compiler = shutil.which("g++")
-    if sys.platform != "linux" or compiler is None or importlib.util.find_spec("pybind11") is None:
-        pytest.skip("the emulation is compiled by g++ on Linux, with pybind11")
-    import fcntl
-
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all processes
-    folder = shared / "emulation"
-    library = folder / "_cuda.so"
-    with open(shared / "emulation.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            folder.mkdir()
-            compile_emulation(compiler, folder, library)
-    spec = importlib.util.spec_from_file_location("_cuda", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def compile_emulation(compiler: str, folder: Path, library: Path) -> None:
-    import pybind11
-
-    includes = (CSRC / "tests/emulation", CSRC, sysconfig.get_path("include"), pybind11.get_include())
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    flags += [f"-I{path}" for path in includes]
-    sources = (CSRC / "cuda/gated_forward.cu", CSRC / "cuda/gated_backward.cu", CSRC / "tests/emulation/module.cpp")
-    running = [
-        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
-        for source in sources
-    ]
-    assert [process.wait() for process in running] == [0] * len(sources)
-    subprocess.run([compiler, "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend cuda takes CPU tensors."""
-    refusal = backends.machine_refusal
-    monkeypatch.setattr(backends, "machine_refusal", lambda name, on: None if name == "cuda" else refusal(name, on))
-    monkeypatch.setattr(gpu, "cuda", lambda: emulated)
-    monkeypatch.setattr(gpu, "guard", lambda x: contextlib.nullcontext())
-    monkeypatch.setattr(gpu, "stream", lambda: 0)
-    monkeypatch.setattr(gpu, "gpu_of", lambda device: GPU)
 
 
 def variants(op: str, T: int, B: int, H: int) -> list[Sample]:

@@ -22,6 +22,7 @@ using Typed = std::tuple<uintptr_t, int>;
 inline Sequence sequence(const Strided& s) { return {pointer(std::get<0>(s)), std::get<1>(s), std::get<2>(s)}; }
 inline Plain plain(const Typed& x) { return {pointer(std::get<0>(x)), Dtype(std::get<1>(x))}; }
 
+void bind_indrnn(py::module_& m);
 void bind_gated(py::module_& m);
 
 }  // namespace recattn

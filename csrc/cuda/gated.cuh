@@ -235,7 +235,7 @@ void by_kernel(const Gated& p, F f) {
 
 // One launch for every slices * groups blocks' rows of the batch.
 template <class P>
-void launch(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
+void launch_gated(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
   const GatedPlan& plan = p.plan;
   const int64_t exchange = exchange_bytes(plan, layout) + pair_bytes(plan, layout);
   if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {

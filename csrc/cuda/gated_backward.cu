@@ -372,7 +372,7 @@ using namespace RECATTN_ISA;
 
 void gated_backward(const GatedBackward& p, cudaStream_t stream) {
   by_kernel(p, [&]<class E, Cell C, bool NORMED>() {
-    launch(backward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the backward kernel");
+    launch_gated(backward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the backward kernel");
   });
 }
 

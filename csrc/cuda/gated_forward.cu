@@ -249,7 +249,7 @@ using namespace RECATTN_ISA;
 
 void gated_forward(const GatedForward& p, cudaStream_t stream) {
   by_kernel(p, [&]<class E, Cell C, bool NORMED>() {
-    launch(forward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the forward kernel");
+    launch_gated(forward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the forward kernel");
   });
 }
 

@@ -11,7 +11,7 @@ template <class E, Activation A, bool GATED>
 __global__ void __launch_bounds__(THREADS) forward_kernel(const __grid_constant__ IndrnnForward p, int depth) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS;
-  extern __shared__ uint32_t ring[];
+  char* const ring = shared_memory();
   const Columns<E, GATED> columns(p);
   if (!columns.exist(p)) return;
 
@@ -73,7 +73,7 @@ template <class E, Activation A, bool GATED>
 __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS;
-  extern __shared__ uint32_t ring[];
+  char* const ring = shared_memory();
   const Columns<E, GATED> columns(p);
   if (!columns.exist(p)) return;
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
   if (p.T > 0) E::unpack(*h_walk.at, h);
   h_walk.advance();
   Stream<Word, E::ASYNC, false> hs(h_walk, p.T - 1, ring, depth);
-  Stream<Word, E::ASYNC, true> dys(columns.walk(p, p.grad_output, !p.reverse), p.T, ring + depth * CHUNK * THREADS, depth);
+  Stream<Word, E::ASYNC, true> dys(columns.walk(p, p.grad_output, !p.reverse), p.T, ring + depth * CHUNK_BYTES, depth);
   auto resets = columns.resets(p, !p.reverse);
 
   const auto take = [&](int64_t step, Word h_word, Word dy_word, uint8_t reset) {
@@ -155,12 +155,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant
   }
 }
 
-constexpr int SUM_ROWS = 32;
+constexpr int SUM_ROWS = 32, SUM_COLUMNS = 32;
+using Partial = float[SUM_COLUMNS + 1];  // a column's numbers in different banks of shared memory
 
 // Sums the rows' weight gradients, in an order that depends on the sizes alone. One warp a slice of the rows.
-__global__ void __launch_bounds__(32 * SUM_ROWS) sum_rows_kernel(const __grid_constant__ IndrnnBackward p) {
-  __shared__ float partial[SUM_ROWS][33];
-  const int64_t h = int64_t(blockIdx.x) * 32 + threadIdx.x;
+__global__ void __launch_bounds__(SUM_COLUMNS * SUM_ROWS) sum_rows_kernel(const __grid_constant__ IndrnnBackward p) {
+  Partial* const partial = reinterpret_cast<Partial*>(shared_memory());
+  const int64_t h = int64_t(blockIdx.x) * SUM_COLUMNS + threadIdx.x;
   const Plain to = blockIdx.y ? p.grad_bias : p.grad_weight_hh;
   const float* rows = p.grad_columns + blockIdx.y * p.B * p.H;
   float sum = 0.0f;
@@ -183,14 +184,13 @@ int multiprocessors() {
 }
 
 template <class E, class P>
-void launch(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream, const char* what) {
+void launch_walk(void (*kernel)(P, int), const P& p, int streams, cudaStream_t stream, const char* what) {
   const int64_t threads = (p.B * p.H + E::COLUMNS - 1) / E::COLUMNS;
   if (threads == 0) return;
   const bool few = threads <= 192 * int64_t(multiprocessors());
   const int depth = E::ASYNC ? (few ? DEEP : SHALLOW) : 1;
   const size_t shared = E::ASYNC ? streams * depth * CHUNK_BYTES : 0;
-  kernel<<<unsigned((threads + THREADS - 1) / THREADS), THREADS, shared, stream>>>(p, depth);
-  check(cudaGetLastError(), what);
+  launch(kernel, dim3(unsigned((threads + THREADS - 1) / THREADS)), dim3(THREADS), shared, stream, what, p, depth);
 }
 
 }  // namespace
@@ -203,7 +203,7 @@ void indrnn_forward(const IndrnnForward& p, cudaStream_t stream) {
   const bool gated = p.reset || p.lengths;
   by_element(p, paired(p, {&p.x, &p.output}), [&]<class E, Activation A>() {
     const auto kernel = gated || !E::ASYNC ? forward_kernel<E, A, true> : forward_kernel<E, A, !E::ASYNC>;
-    launch<E>(kernel, p, 1, stream, "indrnn: the forward kernel");
+    launch_walk<E>(kernel, p, 1, stream, "indrnn: the forward kernel");
   });
 }
 
@@ -211,7 +211,7 @@ void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream) {
   const bool gated = p.reset || p.lengths;
   const auto walk = [&]<class E, Activation A>() {
     const auto kernel = gated || !E::ASYNC ? backward_kernel<E, A, true> : backward_kernel<E, A, !E::ASYNC>;
-    launch<E>(kernel, p, 2, stream, "indrnn: the backward kernel");
+    launch_walk<E>(kernel, p, 2, stream, "indrnn: the backward kernel");
   };
   if (p.scan) {
     indrnn_backward_scan(p, stream);
@@ -219,8 +219,8 @@ void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream) {
     by_element(p, paired(p, {&p.grad_output, &p.output, &p.grad_x}), walk);
   }
   if (p.H == 0) return;
-  sum_rows_kernel<<<dim3(unsigned((p.H + 31) / 32), 2), dim3(32, SUM_ROWS), 0, stream>>>(p);
-  check(cudaGetLastError(), "indrnn: the sum over the batch");
+  const dim3 grid(unsigned((p.H + SUM_COLUMNS - 1) / SUM_COLUMNS), 2), block(SUM_COLUMNS, SUM_ROWS);
+  launch(sum_rows_kernel, grid, block, sizeof(Partial[SUM_ROWS]), stream, "indrnn: the sum over the batch", p);
 }
 
 }  // namespace recattn

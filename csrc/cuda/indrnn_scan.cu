@@ -126,7 +126,7 @@ template <class E, Activation A>
 __global__ void __launch_bounds__(32 * CHUNKS) forward_scan_kernel(const __grid_constant__ IndrnnForward p) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS, STEPS = FORWARD_STEPS;
-  __shared__ Exchange<N> exchange;
+  Exchange<N>& exchange = *reinterpret_cast<Exchange<N>*>(shared_memory());
   Columns<E, true> columns(p);
   const bool exist = columns.exist(p);
   if (!exist) columns.none();
@@ -211,7 +211,7 @@ template <class E, Activation A>
 __global__ void __launch_bounds__(32 * CHUNKS) backward_scan_kernel(const __grid_constant__ IndrnnBackward p) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS, STEPS = BACKWARD_STEPS;
-  __shared__ Exchange<N> exchange;
+  Exchange<N>& exchange = *reinterpret_cast<Exchange<N>*>(shared_memory());
   Columns<E, true> columns(p);
   const bool exist = columns.exist(p), clipped = p.grad_clip < INF;
   if (!exist) columns.none();
@@ -336,11 +336,11 @@ __global__ void __launch_bounds__(32 * CHUNKS) backward_scan_kernel(const __grid
 }
 
 template <class E, class P>
-void launch(void (*kernel)(P), const P& p, cudaStream_t stream, const char* what) {
+void launch_scan(void (*kernel)(P), const P& p, cudaStream_t stream, const char* what) {
   const int64_t columns = p.B * p.H, block = 32 * E::COLUMNS;
   if (columns == 0) return;
-  kernel<<<dim3(unsigned((columns + block - 1) / block)), dim3(32, CHUNKS), 0, stream>>>(p);
-  check(cudaGetLastError(), what);
+  const dim3 grid(unsigned((columns + block - 1) / block));
+  launch(kernel, grid, dim3(32, CHUNKS), sizeof(Exchange<E::COLUMNS>), stream, what, p);
 }
 
 }  // namespace
@@ -351,14 +351,14 @@ using namespace RECATTN_ISA;
 void indrnn_forward_scan(const IndrnnForward& p, cudaStream_t stream) {
   by_element(p, paired(p, {&p.x, &p.output}), [&]<class E, Activation A>() {
     if constexpr (A == Activation::relu || A == Activation::relu6 || A == Activation::hardtanh || A == Activation::identity) {
-      launch<E>(forward_scan_kernel<E, A>, p, stream, "indrnn: the forward scan");
+      launch_scan<E>(forward_scan_kernel<E, A>, p, stream, "indrnn: the forward scan");
     }
   });
 }
 
 void indrnn_backward_scan(const IndrnnBackward& p, cudaStream_t stream) {
   by_element(p, paired(p, {&p.grad_output, &p.output, &p.grad_x}), [&]<class E, Activation A>() {
-    launch<E>(backward_scan_kernel<E, A>, p, stream, "indrnn: the backward scan");
+    launch_scan<E>(backward_scan_kernel<E, A>, p, stream, "indrnn: the backward scan");
   });
 }
 

@@ -1,4 +1,4 @@
-// What the gated kernels ask of the machine beyond C++. csrc/tests/emulation has one of this name that does the same on
+// What the kernels ask of the machine beyond C++. csrc/tests/emulation has one of this name that does the same on
 // a CPU: the kernels themselves are compiled there as they are.
 #pragma once
 

@@ -7,7 +7,8 @@
 
 #include <cuda_pipeline.h>
 
-#include "values.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/values.cuh"
 
 namespace recattn {
 namespace RECATTN_ISA {

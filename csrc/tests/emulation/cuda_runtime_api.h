@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests: with this folder before the others on the include path a C++ compiler takes
-// csrc/cuda/gated_*.cu and bindings.cpp as they are. Every thread of every block is a context of its own, and they take
-// turns in a random order wherever one waits, in some launches with some blocks as far ahead of others as barriers let
-// them, so that a kernel that leaves out a barrier computes nonsense sooner or later. Shared memory begins as NaN and
-// ends where the launch says, with a page that must not be touched behind it.
+// csrc/cuda/*.cu and bindings_*.cpp as they are. Every thread of a block is a context of its own, and they take turns in a
+// random order wherever one waits, so that a kernel that leaves out a barrier computes nonsense sooner or later. Blocks
+// of a cooperative launch take part in this, in some launches with some as far ahead of others as barriers let them;
+// others come one after the other, in a random order. Shared memory begins as NaN and ends where the launch says, with a
+// page that must not be touched behind it.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,11 +13,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,7 +32,9 @@
 #define __launch_bounds__(...)
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned size() const { return x * y * z; }
 };
 struct uint4 {
   unsigned x, y, z, w;
@@ -57,6 +63,7 @@ struct Warp {
 struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
+  long last_true = 0;  // of the votes, counted from 1, the last that somebody was for
   char *mapping = nullptr, *shared = nullptr;
   size_t mapped = 0;
 
@@ -75,11 +82,20 @@ struct Block {
   ~Block() { munmap(mapping, mapped); }
 };
 
+// A copy to shared memory that comes no sooner than somebody waits for it, or at once.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   ucontext_t context;
   Block* block;
   unsigned block_index, index;
   long seen = -1;  // how many releases there had been when it last looked
+  long votes = 0;
+  std::deque<std::vector<Copy>> copies;  // in groups, the last of which is not yet complete
 };
 
 inline ucontext_t scheduler;
@@ -87,6 +103,7 @@ inline Thread* current = nullptr;
 inline std::function<void()> body;
 inline std::vector<Thread*> ready, spinning;
 inline long releases = 0;
+inline const char* broken = nullptr;  // what a thread did that no kernel may
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -124,13 +141,24 @@ inline void enter() {
 inline dim3 threadIdx, blockIdx;
 
 inline void __syncthreads() { emulation::wait(emulation::current->block->barrier); }
+inline int __syncthreads_or(int vote) {
+  emulation::Block& block = *emulation::current->block;
+  const long number = ++emulation::current->votes;
+  if (vote) block.last_true = number;
+  __syncthreads();
+  const int result = block.last_true == number;
+  __syncthreads();
+  return result;
+}
 inline void __syncwarp() { emulation::wait(emulation::current->block->warps[emulation::current->index / 32].barrier); }
 
 namespace emulation {
 
-inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<void()> kernel) {
-  static std::mt19937 random(0);
-  body = std::move(kernel);
+inline std::mt19937 random(0);
+
+// `blocks` blocks, from number `first` on, at the same time.
+inline void run(unsigned first, unsigned blocks, dim3 grid, dim3 block, size_t shared) {
+  const unsigned threads = block.size();
   std::vector<std::unique_ptr<Block>> memory;
   std::vector<Thread> all(size_t(blocks) * threads);
   std::unique_ptr<char[]> stacks(new char[all.size() * STACK]);
@@ -161,8 +189,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
     std::swap(ready[next], ready.back());
     current = ready.back();
     ready.pop_back();
-    threadIdx.x = current->index;
-    blockIdx.x = current->block_index;
+    threadIdx = dim3(current->index % block.x, current->index / block.x);
+    blockIdx = dim3((first + current->block_index) % grid.x, (first + current->block_index) / grid.x);
     swapcontext(&scheduler, &current->context);
   }
   const auto stuck = [](const std::unique_ptr<Block>& block) {
@@ -170,20 +198,23 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, std::function<
            std::any_of(block->warps.begin(), block->warps.end(), [](Warp& w) { return !w.barrier.waiting.empty(); });
   };
   if (!spinning.empty() || std::any_of(memory.begin(), memory.end(), stuck)) {
-    throw std::runtime_error("emulation: threads wait for what never comes");
+    broken = "threads wait for what never comes";
   }
+  if (const char* what = std::exchange(broken, nullptr)) throw std::runtime_error(std::string("emulation: ") + what);
 }
 
 }  // namespace emulation
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 using cudaStream_t = struct Stream*;
 
 namespace emulation {
 
-constexpr int SHARED = 232448;  // bytes that a block may have, once its kernel has been allowed as many
+// Bytes that a block may have: once its kernel has been allowed as many, and without that.
+constexpr int SHARED = 232448, SHARED_UNASKED = 48 << 10;
+constexpr int MULTIPROCESSORS = 1;
 inline std::map<const void*, size_t> allowed;
 inline cudaError_t last = cudaSuccess;
 
@@ -200,8 +231,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::SHARED;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::MULTIPROCESSORS : emulation::SHARED;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
@@ -218,12 +249,35 @@ void call_kernel(void (*kernel)(P...), void** arguments, std::index_sequence<I..
   kernel(*static_cast<P*>(arguments[I])...);
 }
 
+namespace emulation {
+
+// Prepares the launch of a kernel that the hardware would take.
+template <class... P>
+cudaError_t prepare(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared) {
+  const size_t most = std::max(size_t(SHARED_UNASKED), allowed[reinterpret_cast<const void*>(kernel)]);
+  if (grid.size() == 0 || block.size() % 32 != 0 || block.size() > 1024 || shared > most) return fail_unless(false);
+  body = [=] { call_kernel(kernel, arguments, std::make_index_sequence<sizeof...(P)>()); };
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+template <class... P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t) {
+  const cudaError_t error = emulation::prepare(kernel, grid, block, arguments, shared);
+  if (error != cudaSuccess) return error;
+  std::vector<unsigned> order(grid.size());
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), emulation::random);
+  for (unsigned b : order) emulation::run(b, 1, grid, block, shared);
+  return cudaSuccess;
+}
+
 template <class... P>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
                                         cudaStream_t) {
-  const bool fits = shared <= emulation::allowed[reinterpret_cast<const void*>(kernel)];
-  if (grid.x == 0 || block.x % 32 != 0 || !fits) return emulation::fail_unless(false);
-  emulation::run(grid.x, block.x, shared,
-                 [=] { call_kernel(kernel, arguments, std::make_index_sequence<sizeof...(P)>()); });
-  return cudaSuccess;
+  const cudaError_t error = emulation::prepare(kernel, grid, block, arguments, shared);
+  if (error == cudaSuccess) emulation::run(0, grid.size(), grid, block, shared);
+  return error;
 }

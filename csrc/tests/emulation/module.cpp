@@ -1,7 +1,9 @@
-// What recattn_kernels._cuda has of the kernels that can be emulated. Built and used by tests/test_gated_cuda.py.
+// recattn_kernels._cuda of kernels that are emulated. Built by tests/emulation.py.
 #include "cuda/bindings_gated.cpp"
+#include "cuda/bindings_indrnn.cpp"
 
 PYBIND11_MODULE(_cuda, m) {
+  recattn::bind_indrnn(m);
   recattn::bind_gated(m);
   m.def("last_error", [] { return int(cudaGetLastError()); });
 }
