@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_conformance import judge
 from torch import Tensor
 
-from recattn_kernels import backends, gru, lstm, rnn
+from recattn_kernels import backends, conformance, gru, lstm, registry, rnn
 from recattn_kernels.layers.projection import matmul
+from recattn_kernels.ops import samples
+from recattn_kernels.ops.gated.spec import Samples
 from recattn_kernels.spec import tensors
 
 cpu: Any = backends.extension("_cpu")
@@ -51,10 +54,12 @@ def run(name: str, inputs: list[Tensor], backend: str, **options: Any) -> list[T
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(("B", "H"), [(8, 390), (33, 100), (70, 96), (130, 20)])
-@pytest.mark.parametrize("options", ["none", "rows", "reset_before"])
+@pytest.mark.parametrize("options", ["none", "rows", "reset_before", "thin"])
 def test_as_precise_as_float32(capability: str, name: str, B: int, H: int, options: str) -> None:
     inputs, given = arguments(name, B, H)
     given = {} if options == "none" else given
+    if options == "thin":  # weights of one part
+        inputs[1] = inputs[1].bfloat16().float()
     if options == "reset_before":
         if name != "gru":
             pytest.skip("an option of gru")
@@ -65,6 +70,16 @@ def test_as_precise_as_float32(capability: str, name: str, B: int, H: int, optio
     for a, b, e in zip(ours, theirs, exact, strict=True):
         scale = e.abs().max()
         assert (a - e).abs().max() <= 3 * (b - e).abs().max() + 4e-7 * scale
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("T", "B", "H"), [(5, 33, 100), (20, 40, 130)])
+def test_bfloat16(capability: str, name: str, T: int, B: int, H: int) -> None:
+    """Weights and states take one part each, but for those before the first step."""
+    calls = Samples(OPS[name][1], has_c=name == "lstm")
+    sample = calls.sample("sample", T, B, H, state=True, bias_hh=samples.bias, lengths=samples.lengths)
+    for mixed in (False, True):
+        judge(conformance.compare(registry.find(name), sample, "cpp", torch.bfloat16, mixed=mixed))
 
 
 HUGE, INF, NAN = 1e30, float("inf"), float("nan")

@@ -90,7 +90,10 @@ def test_auto_asks_for_a_fused_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         ("lstm", 128, 32, 256, {"needs_grad": True}, False),
         ("lstm", 128, 32, 256, {"packed": True}, False),
         ("lstm", 4, 16, 64, {}, True),
-        ("lstm", 4, 16, 64, {"needs_grad": True}, False),  # for second derivatives
+        ("lstm", 4, 16, 64, {"needs_grad": True}, True),
+        ("lstm", 40, 16, 64, {"needs_grad": True}, False),
+        ("lstm", 40, 64, 16, {"needs_grad": True}, True),
+        ("lstm", 40, 16, 64, {"needs_grad": True, "dtype": torch.bfloat16}, False),
     ],
 )
 def test_the_rule(op: str, T: int, B: int, H: int, change: dict[str, Any], expected: bool) -> None:
@@ -147,7 +150,7 @@ def test_dropout_is_the_same_without_a_gradient(name: str) -> None:
     for run in (layer, lambda x: checkpoint(lambda x: layer(x)[0], x, use_reentrant=True), torch.no_grad()(layer)):
         torch.manual_seed(1)
         outputs.append(flat(run(x))[0])
-    torch.testing.assert_close(outputs[1:], outputs[:1] * 2, rtol=0, atol=0)
+    torch.testing.assert_close(outputs[1:], outputs[:1] * 2)  # oneDNN rounds differently, but drops the same
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

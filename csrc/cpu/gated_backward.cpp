@@ -85,9 +85,9 @@ class Backward {
     }
     const int64_t panel0 = part(first.count(), thread, count), panel1 = part(first.count(), thread + 1, count);
     if constexpr (BEFORE) {
-      pack(thread, count, large, zeros, first, second);
+      pack(thread, count, seen, zeros, first, second);
     } else {
-      pack(thread, count, large, zeros, first);
+      pack(thread, count, seen, zeros, first);
     }
     barrier();
     const Share share = apart ? Share{b0, b1, 0, first.count()} : Share{0, p.B, panel0, panel1};
@@ -375,7 +375,7 @@ class Backward {
   double* const sums;
   R* const scratch;
   Bits* const parts;
-  std::atomic<bool> large = false;
+  SeenByAll seen;
   const Sequence grad_q;
   const R clip;
   const Zoneout split_h, split_c;

@@ -62,9 +62,9 @@ class Forward {
     const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
     for (int64_t b = b0; b < b1; ++b) start_row(b);
     if constexpr (BEFORE) {
-      pack(thread, count, large, zeros, first, second);
+      pack(thread, count, seen, zeros, first, second);
     } else if (!direct) {
-      pack(thread, count, large, zeros, first);
+      pack(thread, count, seen, zeros, first);
     }
     barrier();
     Share share = {0, p.B, part(first.count(), thread, count), part(first.count(), thread + 1, count)};
@@ -357,7 +357,7 @@ class Forward {
   R *const packed, *const packed_second, *const zeros, *const bias, *const other_h, *const products,
       *const gates_before, *const reset_h, *const scratch;
   Bits* const parts;
-  std::atomic<bool> large = false;
+  SeenByAll seen;
   const Zoneout mix_h, mix_c;
   First first;
   Second second;

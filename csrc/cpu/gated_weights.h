@@ -36,11 +36,11 @@ class WeightProduct {
         panels(ceil_div(N, UNITS)), state_parts(this->tiles ? V * strip_size(STEPS) : 0),
         grad_parts(this->tiles ? CHUNK / TILE_ROWS * strip_size(STEPS) : 0),
         memory(Workspace::bytes<R>(2 * panels * STEPS * UNITS) + Workspace::bytes<double>(M) +
-               threads * Workspace::bytes<R>((CHUNK + LANE) * STEPS) + Workspace::bytes<bool>(2 * panels) +
+               threads * Workspace::bytes<R>((CHUNK + LANE) * STEPS) + Workspace::bytes<int>(2 * panels) +
                Workspace::bytes<Bits>(2 * panels * state_parts) + threads * Workspace::bytes<Bits>(grad_parts)),
         states(memory.template take<R>(2 * panels * STEPS * UNITS)), totals(memory.template take<double>(M)),
         grads(memory.template take<R>(threads * (CHUNK + LANE) * STEPS)),
-        in_parts(memory.template take<bool>(2 * panels)), parts(memory.template take<Bits>(2 * panels * state_parts)),
+        parts_of_states(memory.template take<int>(2 * panels)), parts(memory.template take<Bits>(2 * panels * state_parts)),
         left(memory.template take<Bits>(threads * grad_parts)) {}
 
   void run() {
@@ -68,7 +68,7 @@ class WeightProduct {
         for (int64_t i = part(panels, thread, count); i < part(panels, thread + 1, count); ++i) {
           R* const panel = states + (turn + i) * STEPS * UNITS;
           pack_states(block, K, i, panel);
-          in_parts[turn + i] = tiles && split_states(panel, K, parts + (turn + i) * state_parts);
+          parts_of_states[turn + i] = tiles ? split_states(panel, K, parts + (turn + i) * state_parts) : 0;
         }
         barrier();
       }
@@ -104,14 +104,14 @@ class WeightProduct {
     }
   }
 
-  bool split_states(const R* panel, int64_t K, Bits* strips) const {
-    bool whole = true;
+  int split_states(const R* panel, int64_t K, Bits* strips) const {
+    int needed = 1;
     if constexpr (std::is_same_v<R, float>) {
       for (int v = 0; v < V; ++v, strips += strip_size(K)) {
-        whole &= split_across<true>(panel + v * LANE, UNITS, LANE, K, strips);
+        needed = parts_of_both(needed, split_across<true>(panel + v * LANE, UNITS, LANE, K, strips));
       }
     }
-    return whole;
+    return needed;
   }
 
   // Rows m to m + height of the result.
@@ -137,13 +137,13 @@ class WeightProduct {
     bool split = tiles;
     for (int64_t i = 0; i < height && split; i += TILE_ROWS) {
       if constexpr (std::is_same_v<R, float>) {
-        split = split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strips + i / TILE_ROWS * strip_size(K));
+        split = 0 < split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strips + i / TILE_ROWS * strip_size(K));
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t j = panel * UNITS, n = least(UNITS, N - j);
       const R* weights = states + (turn + panel) * STEPS * UNITS;
-      const bool parted = split && in_parts[turn + panel];
+      const bool parted = split && parts_of_states[turn + panel] > 0;
       if (n == UNITS && !parted) {
         Tiles<V, R>::run(rows, height, weights, UNITS, K, to + m * N + j, N, first);
         continue;
@@ -155,7 +155,7 @@ class WeightProduct {
         NothingAhead nothing;
         const Bits* right = parts + (turn + panel) * state_parts;
         multiply_strips(strips, height, K, V, [&](int64_t v) { return right + v * strip_size(K); },
-                        [&](int64_t v) { return edge + v * LANE; }, UNITS, nothing);
+                        parts_of_states[turn + panel], [&](int64_t v) { return edge + v * LANE; }, UNITS, nothing);
       }
       for (int64_t i = 0; i < height; ++i) {
         R* row = to + (m + i) * N + j;
@@ -185,7 +185,7 @@ class WeightProduct {
   R* const states;
   double* const totals;
   R* const grads;
-  bool* const in_parts;
+  int* const parts_of_states;  // how many parts the states of a panel take
   Bits *const parts, *const left;
 };
 

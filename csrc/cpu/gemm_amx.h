@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t STRIP_DEPTH = 512, STRIP_ROWS = 128, STRIP_COLUMNS = 4096;  // of a block, at most
 
-// Up to 16 rows of a factor (RIGHT: columns, given as rows). False if an element has no parts.
+// Up to 16 rows of a factor (RIGHT: columns, given as rows). Returns how many parts they take.
 template <bool RIGHT>
-bool pack_strip(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
+int pack_strip(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   if (from.row == 1) return split_across<RIGHT>(from.data, from.col, n, depth, to);
   const float* rows[TILE_ROWS];
   for (int64_t i = 0; i < TILE_ROWS; ++i) rows[i] = from.at(least(i, n - 1), 0);
@@ -30,7 +30,8 @@ bool pack_strip(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   return split_along<RIGHT>(rows, n, depth, to);
 }
 
-// The same of n rows, in strips; where neighbours lie across, all strips by turns: a page is not visited for one line.
+// n rows, in strips; where neighbours lie across, all strips by turns: a page is not visited for one line. False if an
+// element has no parts.
 template <bool RIGHT>
 bool pack_strips(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   const int64_t deep = from.row == 1 ? TILE_DEPTH : depth;
@@ -38,7 +39,7 @@ bool pack_strips(Matrix<float> from, int64_t n, int64_t depth, Bits* to) {
   for (int64_t k = 0; k < depth; k += deep) {
     for (int64_t i = 0; i < n; i += TILE_ROWS) {
       Bits* const strip = to + i / TILE_ROWS * strip_size(depth) + k / TILE_DEPTH * BLOCK;
-      whole &= pack_strip<RIGHT>(from.from(i, k), least(TILE_ROWS, n - i), least(deep, depth - k), strip);
+      whole &= 0 < pack_strip<RIGHT>(from.from(i, k), least(TILE_ROWS, n - i), least(deep, depth - k), strip);
     }
   }
   return whole;
@@ -84,7 +85,7 @@ bool product_in_tiles(const Product<float>& p) {
           for (int64_t j = from; j < to && !large; j += 4 * TILE_ROWS) {
             const int64_t n = least(4 * TILE_ROWS, to - j);
             multiply_strips(a, rows, depth, ceil_div(n, TILE_ROWS),
-                            [&](int64_t i) { return right.data + (j / TILE_ROWS + i) * strip_size(depth); },
+                            [&](int64_t i) { return right.data + (j / TILE_ROWS + i) * strip_size(depth); }, PARTS,
                             [&](int64_t i) { return sums + i * TILE_ROWS; }, 4 * TILE_ROWS, nothing);
             for (int64_t i = 0; i < rows; ++i) {
               const float* base = p.base(i0 + i, j0 + j, k);

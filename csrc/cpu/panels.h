@@ -25,7 +25,7 @@ struct Rows {
     if constexpr (std::is_same_v<R, float>) {
       for (int64_t r = 0; r < n; r += TILE_ROWS) {
         const int64_t strip = r / TILE_ROWS;
-        large[strip] = !split_along<false>(row + r, least(TILE_ROWS, n - r), K, parts + strip * strip_size(K));
+        large[strip] = 0 == split_along<false>(row + r, least(TILE_ROWS, n - r), K, parts + strip * strip_size(K));
       }
     }
   }
@@ -43,6 +43,7 @@ struct Panels {
   bool tiles = false;           // packed as each vector's strip of a right factor, as amx.h has them, else as tile.h's
   int64_t step = WIDTH;         // from one k to the next, in elements
   int64_t panel = K * WIDTH;    // from one panel to the next
+  int parts = PARTS;            // how many the weights take, in tiles
 
   int64_t count() const { return ceil_div(units, UNITS); }
   static int64_t bytes(int64_t K, int64_t units, bool tiles) {
@@ -57,9 +58,9 @@ struct Panels {
     return left < 0 ? 0 : least(left, LANES<R>);
   }
 
-  // Packs one thread's share of the panels. False, in tiles, if a weight has no parts.
-  bool pack(int64_t thread, int64_t threads, const R* zeros) const {
-    bool whole = true;
+  // Packs one thread's share of the panels. Returns how many parts they take, in tiles.
+  int pack(int64_t thread, int64_t threads, const R* zeros) const {
+    int parts = 1;
     for (int64_t i = part(count(), thread, threads); i < part(count(), thread + 1, threads) && memory; ++i) {
       R* const to = memory + i * panel;
       for (int64_t k = 0; k < K && k_step != 1 && !tiles; ++k) {
@@ -72,13 +73,13 @@ struct Panels {
         const int64_t n = present(i, v);
         for (int lane = 0; lane < LANES<R>; ++lane) rows[lane] = lane < n ? first(i, v) + lane * unit_step : zeros;
         if (tiles) {
-          whole &= pack_strip(rows, n, strip(i, v));
+          parts = parts_of_both(parts, pack_strip(rows, n, strip(i, v)));
         } else {
           transpose(rows, K, to + v * LANES<R>, WIDTH);
         }
       }
     }
-    return whole;
+    return parts;
   }
 
   // Rows and this many k of a panel stay in the second-level cache while the rows' tiles go over them.
@@ -107,11 +108,11 @@ struct Panels {
  private:
   Bits* strip(int64_t i, int64_t v) const { return reinterpret_cast<Bits*>(memory) + (i * V + v) * strip_size(K); }
 
-  bool pack_strip(const R* const* rows, int64_t n, Bits* to) const {
+  int pack_strip(const R* const* rows, int64_t n, Bits* to) const {
     if constexpr (std::is_same_v<R, float>) {
       return k_step == 1 ? split_along<true>(rows, n, K, to) : split_across<true>(rows[0], k_step, n, K, to);
     }
-    return false;
+    return 0;
   }
 
   template <class A>
@@ -119,7 +120,7 @@ struct Panels {
                         A& ahead) const {
     if constexpr (std::is_same_v<R, float>) {
       const auto to = [&](int64_t i) { return out + i / V * LANES<R> + i % V * v_stride; };
-      multiply_strips(rows.parts, rows.n, K, (end - begin) * V, [&](int64_t i) { return strip(begin, i); }, to,
+      multiply_strips(rows.parts, rows.n, K, (end - begin) * V, [&](int64_t i) { return strip(begin, i); }, parts, to,
                       out_stride, ahead);
       for (int64_t r = 0; r < rows.n; ++r) {
         if (!rows.large[r / TILE_ROWS]) continue;
@@ -148,17 +149,25 @@ struct Panels {
   }
 };
 
+// What threads have seen of the weights: one that has no parts, one that has a second.
+struct SeenByAll {
+  std::atomic<bool> large = false, second = false;
+};
+
 // Packs the weights of a kernel's products, by all threads: as floats where a weight of them has no parts. All threads
 // are to meet before the first product.
 template <class R, class... P>
-void pack(int64_t thread, int64_t threads, std::atomic<bool>& large, const R* zeros, P&... panels) {
-  if ((panels.pack(thread, threads, zeros) & ...)) {
-    if (!(panels.tiles || ...)) return;
-  } else {
-    large = true;
-  }
+void pack(int64_t thread, int64_t threads, SeenByAll& seen, const R* zeros, P&... panels) {
+  int parts = 1;
+  ((parts = parts_of_both(parts, panels.pack(thread, threads, zeros))), ...);
+  if (!(panels.tiles || ...)) return;
+  if (parts == 0) seen.large = true;
+  if (parts > 1) seen.second = true;
   barrier();
-  if (!large) return;
+  if (!seen.large) {
+    if (thread == 0) ((panels.parts = seen.second ? PARTS : 1), ...);
+    return;
+  }
   if (thread == 0) ((panels.tiles = false), ...);
   barrier();
   (panels.pack(thread, threads, zeros), ...);
