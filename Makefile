@@ -14,13 +14,14 @@ GPU_RUN := PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
 .DEFAULT_GOAL := help
 CSRC_TEST_NAMES := $(patsubst csrc/tests/test_%.cpp,test-csrc-%,$(wildcard csrc/tests/test_*.cpp))
-.PHONY: FORCE help setup bench test test-csrc $(CSRC_TEST_NAMES) lint aot docs demo gpu gpu-test gpu-check gpu-bench clean
+.PHONY: FORCE help setup bench test test-cuda test-csrc $(CSRC_TEST_NAMES) lint aot docs demo gpu gpu-test gpu-check gpu-bench clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with the development requirements and the package, built"
 	@echo "make bench      what the kernels gain on this machine, on real data"
 	@echo "make test       the tests, then those that run in Triton's interpreter"
 	@echo "make test-csrc  the C++ of csrc alone, under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-cuda  the CUDA kernels, emulated on the CPU, under AddressSanitizer (g++ on Linux)"
 	@echo "make lint       ruff and mypy"
 	@echo "make aot        every Triton kernel compiled for every GPU architecture, without a GPU"
 	@echo "make docs       the tables of README.md from what the package says of itself and from benchmarks/results"
@@ -62,6 +63,12 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses auto 
 test: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+
+# The sanitizer's library comes before Python's, which knows nothing of it; torch's own leaks are not of interest.
+ASAN_LIBRARIES = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libstdc++.so)
+test-cuda: setup
+	LD_PRELOAD="$(ASAN_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+		$(BIN)/python -m pytest -q tests/test_indrnn_cuda.py tests/test_gated_cuda.py
 
 # As in setup.py: a kernel source is compiled once per instruction set, and so are the tests of cells.h.
 CSRC_TESTS := build/csrc-tests

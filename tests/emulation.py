@@ -1,5 +1,8 @@
 """The CUDA kernels on a CPU: csrc/tests/emulation runs their sources as they are, every thread of every block, in a
-random order. What a GPU does to them beyond that the tests marked cuda see."""
+random order. What a GPU does to them beyond that the tests marked cuda see.
+
+`make test-cuda` has them built with AddressSanitizer, which sees what they read and write outside of tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from recattn_kernels import backends
 from recattn_kernels.ops import gpu
 
 CSRC = Path(__file__).parents[1] / "csrc"
+# -Wno: g++ takes what it instruments in pybind11's headers for uninitialised.
+SANITIZED = "ASAN_OPTIONS" in os.environ
+SANITIZERS = ("-g1", "-fsanitize=address", "-Wno-maybe-uninitialized") if SANITIZED else ()
 GPU = gpu.Gpu(multiprocessors=9, shared=100_000)
 
 
@@ -52,14 +58,15 @@ def compile_emulation(compiler: str, folder: Path, library: Path) -> None:
 
     includes = (CSRC / "tests/emulation", CSRC, sysconfig.get_path("include"), pybind11.get_include())
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    flags += ["-D__CUDA_ARCH__=900", *(f"-I{path}" for path in includes)]
+    flags += ["-D__CUDA_ARCH__=900", *(f"-I{path}" for path in includes), *SANITIZERS]
     sources = (*sorted(CSRC.glob("cuda/*.cu")), CSRC / "tests/emulation/module.cpp")
     running = [
         subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
         for source in sources
     ]
     assert [process.wait() for process in running] == [0] * len(sources)
-    subprocess.run([compiler, "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
+    objects = map(str, folder.glob("*.o"))
+    subprocess.run([compiler, "-shared", *SANITIZERS, *objects, "-o", str(library)], check=True)
 
 
 @pytest.fixture
