@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,11 +52,6 @@ THRESHOLDS = {"any": math.inf, "1/6": 1 / 6, "1/12": 1 / 12, "1/24": 1 / 24, "1/
 PLACE_WEIGHT = 5  # of a distance in sides of the image, beside cross-entropies
 
 
-@dataclass(frozen=True)
-class Options(shared.Settings):
-    init: str
-
-
 PAPER: dict[str, Any] = {
     "batch": 512, "steps": 150_000, "lr": 4e-4, "warm_up": 1_000, "halving": 50_000, "init": "gaussian",
 }  # fmt: skip
@@ -67,15 +60,10 @@ CPU: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Init(str, Enum):
-    gaussian = "gaussian"
-    learned = "learned"
-
-
 class SetPredictor(nn.Module):
     """Image (B, 3, H, W) to what each slot says (B, K, 3 + shapes + colours), all in (0, 1) after a sigmoid."""
 
-    def __init__(self, options: Options, backend: str | None = None) -> None:
+    def __init__(self, options: shared.Settings, backend: str | None = None) -> None:
         super().__init__()
         D, kind = options.dim, KINDS[options.scenes]
         self.encoder = shared.Encoder(options, strides=(1, 2, 2, 1) if options.paper else (2, 2, 1, 1))
@@ -201,7 +189,7 @@ def plot(curve: list[dict[str, float]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report(last: shared.Point, blind: shared.Point, options: Options, run: shared.Run) -> None:
+def report(last: shared.Point, blind: shared.Point, options: shared.Settings, run: shared.Run) -> None:
     title = f"{options.scenes}, {last['step']} steps: average precision by distance, in sides of the image"
     table = Table("", title=title)
     for name in THRESHOLDS:
@@ -222,7 +210,7 @@ def main(
     context: typer.Context,
     scenes: shared.ScenesArgument = "shapes",
     paper: shared.PaperArgument = False,
-    init: Annotated[Init | None, typer.Option(help="Of the slots; learned by default, gaussian with --paper.")] = None,
+    init: shared.InitArgument = None,
     dim: shared.DimArgument = 64,
     channels: Annotated[int, typer.Option(min=1, help="Of the convolutions.")] = 64,
     iters: Annotated[int, typer.Option(min=1, help="Of slot attention.")] = 3,
@@ -240,7 +228,7 @@ def main(
 ) -> None:
     """Trains slot attention to name the objects of scenes, and measures how many it gets right."""
     chosen = shared.given(batch=batch, steps=steps, lr=lr, init=init and init.value)
-    options = Options(
+    options = shared.Settings(
         scenes=scenes, paper=paper, dim=dim, channels=channels, iters=iters, evaluate_every=evaluate_every, seed=seed,
         **{**(PAPER if paper else CPU), **chosen},
     )  # fmt: skip

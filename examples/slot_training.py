@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,12 +22,18 @@ from torch import Tensor, nn
 TEST_SEED, TEST_BATCH = 1_000_000, 64
 
 
+class Init(str, Enum):
+    gaussian = "gaussian"
+    learned = "learned"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What has a bearing on the result."""
 
     scenes: str
     paper: bool
+    init: str  # of the slots
     dim: int
     channels: int
     iters: int
@@ -75,6 +82,7 @@ def present(device: str) -> str:
 
 ScenesArgument = Annotated[str, typer.Option(help="shapes, tetrominoes or sprites.", callback=known)]
 PaperArgument = Annotated[bool, typer.Option("--paper", help="The paper's network and training.")]
+InitArgument = Annotated[Init | None, typer.Option(help="Of the slots; learned by default, gaussian with --paper.")]
 DimArgument = Annotated[int, typer.Option(min=1, help="Of a slot.")]
 BatchArgument = Annotated[int | None, typer.Option(min=1)]
 StepsArgument = Annotated[int | None, typer.Option(min=1)]
