@@ -15,6 +15,7 @@ struct GatedCase {
   int64_t T, B, H;
   Cell cell;
   bool bias, ln, h0, c0, reset, lengths, packed, reverse, clip, grad_output, grad_h_n, grad_c_n, nan;
+  bool coarse;  // weights of bfloat16 whatever the type
   int zoneout;  // 0: none, 1: masks, 2: rates
   int threads;
 

@@ -26,6 +26,9 @@ class GatedTest {
         dh_n(c.B * c.H), dc_n(c.B * c.H), reference(this->c, reset, lengths, keep_h, keep_c) {
     const double scale = 1.5 / std::sqrt(double(c.H));
     draw(true, c.G() * c.H * c.H, scale, weight, in.weight);
+    for (size_t i = 0; c.coarse && i < weight.size(); ++i) {
+      in.weight[i] = weight[i] = R(std::rint(weight[i] * 128) / 128);
+    }
     draw(c.bias, c.G() * c.H, 0.5, bias, in.bias);
     draw(c.ln, c.G() * c.H, 1, ln_weight, in.ln_weight);
     draw(c.ln, c.G() * c.H, 0.5, ln_bias, in.ln_bias);
@@ -100,6 +103,7 @@ class GatedTest {
     const std::pair<bool, const char*> options[] = {
         {c.bias, ", bias"}, {c.ln, ", ln"}, {c.h0, ", h0"}, {c.c0, ", c0"}, {c.reset, ", reset"},
         {c.lengths, ", lengths"}, {c.packed, ", packed"}, {c.reverse, ", reverse"}, {c.clip, ", clip"}, {c.nan, ", NaN"},
+        {c.coarse, ", coarse weights"},
         {c.grad_output, ", grad_output"}, {c.grad_h_n, ", grad_h_n"}, {c.grad_c_n, ", grad_c_n"}};
     for (const auto& [on, word] : options) words += on ? word : "";
     return words;
@@ -334,6 +338,7 @@ int test_gated(const std::vector<Isa>& isas) {
     if (c.cell == Cell::gru_before) c.ln = false;
     c.packed = c.lengths && random() % 2 == 0;
     c.nan = random() % 8 == 0;
+    c.coarse = random() % 2 == 0;
     c.zoneout = int(random() % 3);
     c.threads = 1 + int(random() % 3);
     return c;
