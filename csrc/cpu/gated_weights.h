@@ -40,7 +40,8 @@ class WeightProduct {
                Workspace::bytes<Bits>(2 * panels * state_parts) + threads * Workspace::bytes<Bits>(grad_parts)),
         states(memory.template take<R>(2 * panels * STEPS * UNITS)), totals(memory.template take<double>(M)),
         grads(memory.template take<R>(threads * (CHUNK + LANE) * STEPS)),
-        parts_of_states(memory.template take<int>(2 * panels)), parts(memory.template take<Bits>(2 * panels * state_parts)),
+        parts_of_states(memory.template take<int>(2 * panels)),
+        parts(memory.template take<Bits>(2 * panels * state_parts)),
         left(memory.template take<Bits>(threads * grad_parts)) {}
 
   void run() {
