@@ -4,8 +4,8 @@
 // Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019). Of the
 // nine products of two such sums the six are taken that may count in a float32; they are exact, and added in float32.
 // Factors from LARGE on, infinite and NaN ones too, have no such parts, or sums that may overflow: split() says so, and
-// its caller multiplies them as floats. A part below 2^-126 counts as zero. Of a right factor that is of bfloat16 in the
-// first place, as a model's 16-bit weights are, the first parts are all, and three products are left.
+// its caller multiplies them as floats. A part below 2^-126 counts as zero. Of a right factor that is of bfloat16 in
+// the first place, as a model's 16-bit weights are, the first parts are all, and three products are left.
 #pragma once
 
 #include "ahead.h"

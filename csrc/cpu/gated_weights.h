@@ -138,7 +138,8 @@ class WeightProduct {
     bool split = tiles;
     for (int64_t i = 0; i < height && split; i += TILE_ROWS) {
       if constexpr (std::is_same_v<R, float>) {
-        split = 0 < split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strips + i / TILE_ROWS * strip_size(K));
+        Bits* const strip = strips + i / TILE_ROWS * strip_size(K);
+        split = 0 < split_along<false>(rows + i, least(TILE_ROWS, height - i), K, strip);
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, for tests: with this folder before the others on the include path a C++ compiler takes
-// csrc/cuda/*.cu and bindings_*.cpp as they are. Every thread of a block is a context of its own, and they take turns in a
-// random order wherever one waits, so that a kernel that leaves out a barrier computes nonsense sooner or later. Blocks
-// of a cooperative launch take part in this, in some launches with some as far ahead of others as barriers let them;
-// others come one after the other, in a random order. Shared memory begins as NaN and ends where the launch says, with a
-// page that must not be touched behind it.
+// csrc/cuda/*.cu and bindings_*.cpp as they are. Every thread of a block is a context of its own, and they take turns
+// in a random order wherever one waits, so that a kernel that leaves out a barrier computes nonsense sooner or later.
+// Blocks of a cooperative launch take part in this, in some launches with some as far ahead of others as barriers let
+// them; others come one after the other, in a random order. Shared memory begins as NaN and ends where the launch says,
+// with a page that must not be touched behind it.
 #pragma once
 
 #include <sys/mman.h>
