@@ -103,6 +103,15 @@ def test_the_rule(op: str, T: int, B: int, H: int, change: dict[str, Any], expec
     assert vendor_is_faster(op, T=T, B=B, H=H, **(facts | change)) is expected
 
 
+def test_the_rule_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn's LSTM is then a loop, as its GRU is everywhere."""
+    monkeypatch.setattr("recattn_kernels.layers.gated_backend.ONEDNN", ())
+    for needs_grad in (False, True):
+        facts: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "cell": False, "packed": False}
+        rules = {op: vendor_is_faster(op, T=40, B=64, H=16, needs_grad=needs_grad, **facts) for op in ("lstm", "gru")}
+        assert rules == {"lstm": False, "gru": False}
+
+
 @pytest.mark.parametrize("faster", [False, True])
 def test_auto_follows_the_rule(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     asked: list[dict[str, Any]] = []

@@ -13,6 +13,9 @@ from recattn_kernels.ops.rnn.contract import BACKENDS as RNN
 
 TABLES = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
+# The types of oneDNN's kernel, where torch has it: on macOS, say, its LSTM is a loop like the others.
+ONEDNN = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
+
 
 # What pays for the start of our kernels: some 100 us of Python and the packing of the weights, two or three times as
 # much with a backward to follow. Of one step, so many rows and so many million multiply-adds:
@@ -52,7 +55,7 @@ def vendor_is_faster(
     if device != "cpu":
         return True
     millions = T * B * H * H * {"rnn": 1, "gru": 3, "lstm": 4}[op] / 1e6
-    if op == "lstm" and not cell and not packed and dtype in (torch.float32, torch.bfloat16):
+    if op == "lstm" and not cell and not packed and dtype in ONEDNN:
         if needs_grad:
             return _onednn_trains_faster(dtype, T, B, H)
         return _onednn_is_faster(dtype, T, B, H, millions)
