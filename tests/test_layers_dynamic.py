@@ -49,6 +49,18 @@ def test_export(case: Case) -> None:
         torch.testing.assert_close(exported(*args), layer(*args))
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_export_of_an_lstm_that_torch_would_run(needs_grad: bool) -> None:
+    """Of torch.nn's kernel an exported program has every step, and holds for one number of them."""
+    layer = rk.LSTM(24, 32)
+    dims = {i: torch.export.Dim(name, min=2, max=512) for i, name in enumerate("tb")}
+    with torch.set_grad_enabled(needs_grad):
+        exported = torch.export.export(layer, (torch.randn(5, 3, 24),), dynamic_shapes=(dims,)).module()
+        for T, B in ((5, 3), (40, 70)):
+            x = torch.randn(T, B, 24)
+            torch.testing.assert_close(exported(x), layer(x))
+
+
 @plain
 def test_compile(case: Case) -> None:
     layer = case.make().eval()
