@@ -36,6 +36,7 @@ def vendor_is_faster(
     cell: bool,
     packed: bool,
     needs_grad: bool,
+    onednn: bool,
 ) -> bool:
     """Whether torch.nn's kernel beats our fused ones on a call that both can run: the rule of backend="auto".
 
@@ -47,6 +48,7 @@ def vendor_is_faster(
         cell: whether it is one of the cells.
         packed: input is a PackedSequence; T and B are those of the padded batch.
         needs_grad: a backward may follow.
+        onednn: whether oneDNN's kernel may run, where it would.
 
     Measured on CPUs of two cores with AVX-512, one of them with AMX, torch 2.13. There torch.nn has oneDNN's kernel for
     the layer LSTM alone, on padded batches, in float32 and bfloat16; the rest is operations, which ours beats 2 to 10
@@ -57,8 +59,8 @@ def vendor_is_faster(
     millions = T * B * H * H * {"rnn": 1, "gru": 3, "lstm": 4}[op] / 1e6
     if op == "lstm" and not cell and not packed and dtype in ONEDNN:
         if needs_grad:
-            return _onednn_trains_faster(dtype, T, B, H)
-        return _onednn_is_faster(dtype, T, B, H, millions)
+            return onednn and _onednn_trains_faster(dtype, T, B, H)
+        return onednn and _onednn_is_faster(dtype, T, B, H, millions)
     if dtype == torch.float64 and not needs_grad and not packed:
         return True
     if T == 1:

@@ -206,17 +206,17 @@ class Gated(nn.Module):
         if extras or T == 0 or backends.under_transform() or input.dtype not in checks.FLOATING:
             return name
         dtype = projected_dtype(input, input.dtype)
-        unrolled = False
+        # A compiler has every step of oneDNN's kernel, for one number of them.
+        onednn = not torch.compiler.is_compiling()
         if torch.compiler.is_compiling():  # a rule on sizes that change would compile anew for each, or not export
             T, B = 1 if T == 1 else MANY, MANY
-            unrolled = T > 1 and input.device.type == "cpu"  # as a compiler takes torch.nn's, for one number of steps
         weight_hh = self._parameter(self._first_weight_hh)  # once: a parametrisation computes it anew each time
         needs_grad = differentiates and not tracing and (input.requires_grad or weight_hh.requires_grad)
         if self.training and self.dropout > 0:
             # torch.nn's kernels draw another mask from the same random numbers, and what checkpoint() first computes
-            # without a gradient and then with one has to be the same.
-            needs_grad = True
-        faster = not unrolled and vendor_is_faster(
+            # without a gradient and then with one has to be the same: oneDNN's kernel rounds otherwise without one.
+            needs_grad, onednn = True, False
+        faster = vendor_is_faster(
             self._op,
             device=input.device.type,
             dtype=dtype,
@@ -226,6 +226,7 @@ class Gated(nn.Module):
             cell=isinstance(self, nn.RNNCellBase),
             packed=packed,
             needs_grad=needs_grad,
+            onednn=onednn,
         )
         vendor = self.proj_size > 0 or faster or not fused_runs(self._op, self._cell, weight_hh, dtype, T, B)
         return "vendor" if vendor else name
