@@ -164,16 +164,16 @@ __global__ void __launch_bounds__(SUM_COLUMNS * SUM_ROWS) sum_rows_kernel(const 
   const int64_t h = int64_t(blockIdx.x) * SUM_COLUMNS + threadIdx.x;
   const Plain to = blockIdx.y ? p.grad_bias : p.grad_weight_hh;
   const float* rows = p.grad_columns + blockIdx.y * p.B * p.H;
-  float sum = 0.0f;
+  Sum sum, total;
   if (h < p.H) {
 #pragma unroll 4
-    for (int64_t b = threadIdx.y; b < p.B; b += SUM_ROWS) sum += rows[b * p.H + h];
+    for (int64_t b = threadIdx.y; b < p.B; b += SUM_ROWS) sum.add(rows[b * p.H + h]);
   }
-  partial[threadIdx.y][threadIdx.x] = sum;
+  partial[threadIdx.y][threadIdx.x] = sum.value();
   __syncthreads();
   if (threadIdx.y > 0 || h >= p.H) return;
-  for (int i = 1; i < SUM_ROWS; ++i) sum += partial[i][threadIdx.x];
-  store(to, h, sum);
+  for (int i = 0; i < SUM_ROWS; ++i) total.add(partial[i][threadIdx.x]);
+  store(to, h, total.value());
 }
 
 int multiprocessors() {

@@ -322,9 +322,9 @@ __global__ void __launch_bounds__(32 * CHUNKS) backward_scan_kernel(const __grid
     exchange.pass(mine, none, unused, unused);
     if (!exist || threadIdx.y > 0) return;
     for (int j = 0; j < N; ++j) {
-      float total = 0.0f;
-      for (int k = 0; k < CHUNKS; ++k) total += exchange.ends[k][j][threadIdx.x];
-      columns_of[columns.first + j] = total;
+      Sum total;
+      for (int k = 0; k < CHUNKS; ++k) total.add(exchange.ends[k][j][threadIdx.x]);
+      columns_of[columns.first + j] = total.value();
     }
   };
   sum(du, p.grad_columns);
