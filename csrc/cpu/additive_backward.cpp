@@ -5,6 +5,7 @@
 //   dkeys[n] = de[n] weight act'(keys[n] + query);  dquery = sum over n of dkeys[n]
 //   dweight = sum over b and n of de[n] act(keys[n] + query)
 #include "additive_rows.h"
+#include "streaming.h"
 
 namespace recattn {
 namespace RECATTN_ISA {
@@ -12,19 +13,21 @@ namespace {
 
 constexpr int64_t ROWS = AdditiveBackward::ROWS;
 
-template <class S, class R>
-RECATTN_FN void put(S* to, const R* from, int64_t n) {
-  if constexpr (sizeof(S) == 2) {
-    narrow(to, from, n);
-  } else {
-    for (int64_t j = 0; j < n; ++j) to[j] = from[j];
+// Calls work(i) for i from 0 to count - 1, over threads.
+template <class F>
+void each(int threads, int64_t count, F work) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; ++i) work(i);
+    end_streaming();
   }
 }
 
 template <class S, class R>
 void values_backward(const AdditiveBackward& p) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(p, p.B * p.N * p.D))
-  for (int64_t i = 0; i < p.B * p.N; ++i) {
+  const bool stream = streams(p.grad_values, p.B * p.N, p.D * sizeof(S));
+  each(threads_for(p, p.B * p.N * p.D), p.B * p.N, [&](int64_t i) {
     const int64_t b = i / p.N, n = i % p.N;
     const bool flows = kept(p, b, n);
     const R* const g = p.grad_context && flows ? static_cast<const R*>(p.grad_context) + b * p.D : nullptr;
@@ -34,12 +37,13 @@ void values_backward(const AdditiveBackward& p) {
     R sums[CHUNK] = {};
     if (g) {
       each_chunk(p.D, [&](int64_t d, auto count) {
-        R buffer[CHUNK], out[CHUNK];
+        R buffer[CHUNK];
+        alignas(64) R out[CHUNK];
         const R* const part = chunk(v + d, buffer, count);
         for (int64_t j = 0; j < count; ++j) sums[j] += g[d + j] * part[j];
         if (dv) {
           for (int64_t j = 0; j < count; ++j) out[j] = a * g[d + j];
-          put(dv + d, out, count);
+          write<CHUNK>(dv + d, out, count, stream);
         }
       });
     } else if (dv) {
@@ -47,7 +51,7 @@ void values_backward(const AdditiveBackward& p) {
     }
     const R dweights = p.grad_weights && flows ? static_cast<const R*>(p.grad_weights)[i] : R(0);
     static_cast<R*>(p.scores)[i] = total(sums) + dweights;
-  }
+  });
 }
 
 // In place: from what arrives at the softmax to what arrives at the scores.
@@ -68,9 +72,10 @@ void softmax_backward(const AdditiveBackward& p) {
 // One position: its dkeys, and what it adds to dquery and dweight.
 template <Activation ACT, class S, class R>
 RECATTN_FN void key_backward(const S* keys, const R* query, const R* weight, R de, int64_t A, S* grad_keys,
-                             R* __restrict dquery, R* __restrict dweight) {
+                             bool stream, R* __restrict dquery, R* __restrict dweight) {
   each_chunk(A, [&](int64_t a, auto count) {
-    R buffer[CHUNK], out[CHUNK];
+    R buffer[CHUNK];
+    alignas(64) R out[CHUNK];
     const R* const k = chunk(keys + a, buffer, count);
     for (int64_t j = 0; j < count; ++j) {
       const R h = activate<ACT>(k[j] + query[a + j], R(0));
@@ -79,15 +84,15 @@ RECATTN_FN void key_backward(const S* keys, const R* query, const R* weight, R d
       dquery[a + j] += dk;
       dweight[a + j] += de * h;
     }
-    if (grad_keys) put(grad_keys + a, out, count);
+    if (grad_keys) write<CHUNK>(grad_keys + a, out, count, stream);
   });
 }
 
 template <Activation ACT, class S, class R>
 void keys_backward(const AdditiveBackward& p) {
   const int64_t blocks = (p.N + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads_for(p, p.B * p.N * p.A))
-  for (int64_t i = 0; i < p.B * blocks; ++i) {
+  const bool stream = streams(p.grad_keys, p.B * p.N, p.A * sizeof(S));
+  each(threads_for(p, p.B * p.N * p.A), p.B * blocks, [&](int64_t i) {
     const int64_t b = i / blocks, first = i % blocks * ROWS, end = first + ROWS < p.N ? first + ROWS : p.N;
     const R* const query = static_cast<const R*>(p.query) + b * p.A;
     R* const dquery = static_cast<R*>(p.sums) + i * p.A;
@@ -97,12 +102,12 @@ void keys_backward(const AdditiveBackward& p) {
       S* const dkeys = p.grad_keys ? static_cast<S*>(p.grad_keys) + (b * p.N + n) * p.A : nullptr;
       if (kept(p, b, n)) {
         key_backward<ACT>(row<S>(p.keys, b, n), query, static_cast<const R*>(p.weight),
-                          static_cast<const R*>(p.scores)[b * p.N + n], p.A, dkeys, dquery, dweight);
+                          static_cast<const R*>(p.scores)[b * p.N + n], p.A, dkeys, stream, dquery, dweight);
       } else if (dkeys) {
         memset(static_cast<void*>(dkeys), 0, p.A * sizeof(S));
       }
     }
-  }
+  });
 }
 
 // out[i] = sum over so many rows of rows[.][i], for each of `groups` groups of rows.

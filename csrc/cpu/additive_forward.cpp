@@ -51,14 +51,14 @@ void softmax(const Additive& p, int64_t b, R* e) {
   for (int64_t n = 0; n < p.N; ++n) e[n] = R(e[n] / sum);
 }
 
-// context (+)= sum over so many rows of weights[r] * rows[r]
+// context (+)= sum over so many rows of weights[r] * rows[r], which next lie `ahead` bytes further on.
 template <int ROWS, class S, class R>
-RECATTN_FN void add_rows(const S* const* rows, const R* weights, int64_t D, R* context) {
+RECATTN_FN void add_rows(const S* const* rows, const R* weights, int64_t D, R* context, int64_t ahead) {
   each_chunk(D, [&](int64_t d, auto count) {
     R sums[CHUNK] = {}, buffer[CHUNK];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const R* const v = chunk(rows[r] + d, buffer, count);
+      const R* const v = chunk(rows[r] + d, buffer, count, ahead);
       for (int64_t j = 0; j < count; ++j) sums[j] += weights[r] * v[j];
     }
     for (int64_t j = 0; j < count; ++j) context[d + j] += sums[j];
@@ -72,6 +72,7 @@ void average(const AdditiveForward& p, int64_t b, int64_t begin, int64_t end) {
   const R* const a = static_cast<const R*>(p.softmax) + b * p.N;
   R* const context = static_cast<R*>(p.context) + b * p.D + begin;
   for (int64_t d = 0; d < end - begin; ++d) context[d] = 0;
+  const int64_t ahead = p.values.stride_n * sizeof(S);
   const S* rows[ROWS];
   R weights[ROWS];
   int count = 0;
@@ -80,11 +81,11 @@ void average(const AdditiveForward& p, int64_t b, int64_t begin, int64_t end) {
     rows[count] = row<S>(p.values, b, n) + begin;
     weights[count++] = a[n];
     if (count == ROWS) {
-      add_rows<ROWS>(rows, weights, end - begin, context);
+      add_rows<ROWS>(rows, weights, end - begin, context, ROWS * ahead);
       count = 0;
     }
   }
-  for (int r = 0; r < count; ++r) add_rows<1>(rows + r, weights + r, end - begin, context);
+  for (int r = 0; r < count; ++r) add_rows<1>(rows + r, weights + r, end - begin, context, ahead);
 }
 
 template <class S, class R>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "additive.h"
+#include "ahead.h"
 #include "numeric.h"
 
 namespace recattn {
@@ -10,9 +11,11 @@ namespace {
 
 constexpr int64_t CHUNK = 64;
 
-// A chunk in the type of the arithmetic: where it lies, or converted into buffer.
+// A chunk in the type of the arithmetic: where it lies, or converted into buffer. Asks for that `ahead` bytes further on,
+// by default a page of memory: at its end the hardware stops asking.
 template <class S, class R>
-RECATTN_FN const R* chunk(const S* from, R* buffer, int64_t n) {
+RECATTN_FN const R* chunk(const S* from, R* buffer, int64_t n, int64_t ahead = 4096) {
+  fetch(reinterpret_cast<const char*>(from) + ahead, n * sizeof(S));
   if constexpr (sizeof(S) == sizeof(R)) {
     return from;
   } else {

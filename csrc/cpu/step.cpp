@@ -34,19 +34,6 @@ RECATTN_FN void read(R* __restrict to, const S* __restrict from, int64_t next, i
   }
 }
 
-template <class S, class R>
-RECATTN_FN void write(S* __restrict to, const R* __restrict from, int64_t n, bool stream) {
-  if constexpr (sizeof(S) == 2) {
-    alignas(64) S line[CHUNK];
-    narrow(stream ? line : to, from, n);
-    if (stream) stream_row(to, line, n);
-  } else if (stream) {
-    stream_row(to, from, n);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  }
-}
-
 // Calls work(row, first unit, units) for all of (B, H), over threads.
 template <class F>
 void each_chunk(const Step& p, F work) {
@@ -65,8 +52,7 @@ void each_chunk(const Step& p, F work) {
 // Whether a result of G values of S a unit goes past the caches.
 template <int G, class S>
 bool streams(const Step& p, const void* to) {
-  const int64_t row = p.H * sizeof(S);  // of one gate
-  return p.B * G * row >= STREAM_FROM && whole_lines(to, row);
+  return streams(to, p.B * G, p.H * sizeof(S));
 }
 
 // G gates of a row, of H units each, read from or written to where `unit` is the first.
@@ -77,7 +63,9 @@ RECATTN_FN void read_gates(Gates<G, R>& to, const void* from, int64_t stride, in
 }
 template <int G, class S, class R>
 RECATTN_FN void write_gates(void* to, Gates<G, R>& from, int64_t H, int64_t b, int64_t unit, int64_t n, bool stream) {
-  for (int g = 0; g < G; ++g) write<S, R>(static_cast<S*>(to) + (b * G + g) * H + unit, from[g], n, stream);
+  for (int g = 0; g < G; ++g) {
+    write<CHUNK, S, R>(static_cast<S*>(to) + (b * G + g) * H + unit, from[g], n, stream);
+  }
 }
 
 // A (B, H) tensor's part, read into a buffer; zeros for an absent one.
@@ -91,7 +79,7 @@ RECATTN_FN void read_state(Part<R>& to, const void* from, int64_t H, int64_t b, 
 }
 template <class S, class R>
 RECATTN_FN void write_state(void* to, Part<R>& from, int64_t H, int64_t b, int64_t unit, int64_t n, bool stream) {
-  write<S, R>(static_cast<S*>(to) + b * H + unit, from, n, stream);
+  write<CHUNK, S, R>(static_cast<S*>(to) + b * H + unit, from, n, stream);
 }
 
 template <class R>

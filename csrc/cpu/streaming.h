@@ -16,6 +16,11 @@ constexpr int64_t STREAM_FROM = int64_t(8) << 20;
   return (reinterpret_cast<uintptr_t>(data) | bytes) % 64 == 0;
 }
 
+// Whether that many rows of `bytes` each, one after the other, go past the caches.
+[[maybe_unused]] inline bool streams(const void* to, int64_t rows, int64_t bytes) {
+  return rows * bytes >= STREAM_FROM && whole_lines(to, bytes);
+}
+
 // Copies n elements, whole lines of an aligned buffer; end_streaming() orders them before what is stored next.
 template <class S>
 void stream_row(S* to, const S* from, int64_t n) {
@@ -30,6 +35,20 @@ void stream_row(S* to, const S* from, int64_t n) {
 #else
   memcpy(static_cast<void*>(to), from, n * sizeof(S));
 #endif
+}
+
+// Stores n results, of which there are at most MOST, in their type. To be streamed, `from` is aligned.
+template <int64_t MOST, class S, class R>
+RECATTN_FN void write(S* __restrict to, const R* __restrict from, int64_t n, bool stream) {
+  if constexpr (sizeof(S) == 2) {
+    alignas(64) S line[MOST];
+    narrow(stream ? line : to, from, n);
+    if (stream) stream_row(to, line, n);
+  } else if (stream) {
+    stream_row(to, from, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
 }
 
 [[maybe_unused]] inline void end_streaming() {
