@@ -117,6 +117,25 @@ def test_threads_and_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("A", "D"), [(416, 352), (413, 350)])
+def test_rows_of_a_large_batch_equal_those_of_a_small_one(A: int, D: int, dtype: torch.dtype) -> None:
+    """Gradients of 8 MB and more go past the caches, where their rows are whole lines of one: the last A's and D's are
+    not."""
+    rows, some, N = 320, 20, 40
+    query, keys, values, grad = (torch.randn(rows, *size).to(dtype) for size in ((A,), (N, A), (N, D), (D,)))
+    weight, mask = (torch.randn(A) / A**0.5).to(dtype), torch.rand(rows, N) > 0.2
+    assert min(keys.nbytes, values.nbytes) >= 8 << 20
+
+    def gradients(count: int) -> tuple[Tensor, ...]:
+        inputs = [t[-count:].clone().requires_grad_() for t in (query, keys, values)]
+        context = additive_attention(inputs[0], inputs[1], weight, inputs[2], mask=mask[-count:], backend="cpp")
+        return torch.autograd.grad(context, inputs, grad[-count:])
+
+    for of_all, of_some in zip(gradients(rows), gradients(some), strict=True):
+        assert torch.equal(of_all[-some:], of_some)
+
+
 @pytest.mark.parametrize("single", range(1, 4))
 def test_one_of_them_in_float32_beside_sixteen_bits(single: int) -> None:
     """keys, weight or values: what autocast makes of a layer."""
