@@ -176,9 +176,11 @@ class Sweep {
 };
 
 // Weights that fit the second-level cache are read there by every core: the rows are divided, and no thread ever waits
-// for another. Else each thread keeps some panels, and all meet after every step.
-[[maybe_unused]] inline bool rows_apart(const Gated& p, int64_t weight_bytes, int threads) {
-  return threads == 1 || (weight_bytes <= (int64_t(1) << 20) && p.B >= 8 * threads);
+// for another. Else each thread keeps some panels, and all meet after every step. A CPU with tiles has 2 MB of that
+// cache; but where a thread's rows are one strip, reading takes longer than multiplying, and half of it is worth waiting.
+[[maybe_unused]] inline bool rows_apart(const Gated& p, int64_t weight_bytes, int threads, bool tiles) {
+  const bool strips = tiles && p.B > TILE_ROWS * threads;
+  return threads == 1 || (weight_bytes <= (strips ? int64_t(3) << 19 : int64_t(1) << 20) && p.B >= 8 * threads);
 }
 
 // Whether the products are of amx.h's tiles: where there are enough of them. Measured on an Intel Granite Rapids.

@@ -29,7 +29,7 @@ class Backward {
         second_bytes(direct || !BEFORE ? 0 : Weights::bytes(p.H, p.H, tiles)),
         parts_size(tiles ? Rows<R>::STRIPS * strip_size(K) : 0),
         sums_size(by_rows ? 2 * (G + 1) * p.H : 0), local_size(Workspace::bytes<R>(BUFFERS * width) / sizeof(R)),
-        apart(rows_apart(p, weight_bytes + second_bytes, threads)),
+        apart(rows_apart(p, weight_bytes + second_bytes, threads, tiles)),
         memory(Workspace::bytes<char>(weight_bytes) + Workspace::bytes<char>(second_bytes) + Workspace::bytes<R>(p.H) +
                2 * Workspace::bytes<R>(p.B * p.H) + Workspace::bytes<double>(groups * sums_size) +
                threads * (Workspace::bytes<R>(local_size) + Workspace::bytes<Bits>(parts_size))),

@@ -28,7 +28,7 @@ class Forward {
         by_rows(direct || p.ln_weight || p.ln_c_weight), width(by_rows ? ceil_div(p.H, 64) * 64 : 4 * LANES<R>),
         tiles(!direct && in_tiles<R>(p)), weight_bytes(direct ? 0 : First::bytes(p.H, p.H, tiles)),
         second_bytes(BEFORE ? Second::bytes(p.H, p.H, tiles) : 0), parts_size(tiles ? Rows<R>::STRIPS * strip_size(p.H) : 0),
-        apart(!direct && rows_apart(p, weight_bytes + second_bytes, threads)),
+        apart(!direct && rows_apart(p, weight_bytes + second_bytes, threads, tiles)),
         memory(Workspace::bytes<char>(weight_bytes) + Workspace::bytes<char>(second_bytes) + Workspace::bytes<R>(p.H) +
                Workspace::bytes<R>(G * p.H) + Workspace::bytes<R>(p.B * p.H) +
                Workspace::bytes<R>(by_rows ? p.B * G * p.H : 0) + Workspace::bytes<R>(BEFORE ? 3 * p.B * p.H : 0) +
