@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,14 @@ def under_transform() -> bool:
 
 # Machine
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result without importing the compiler, which takes longer than importing torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 @functools.cache
 def extension(name: str) -> ModuleType | str:
@@ -96,7 +104,7 @@ def extension(name: str) -> ModuleType | str:
     return str(getattr(info, name.strip("_").upper()) or f"the extension {name} is missing, though it was built")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def cpu_capability() -> str | None:
     """The instruction set that _cpu dispatches to; None where it has not been built."""
     module = extension("_cpu")
@@ -115,7 +123,7 @@ def triton_missing() -> str | None:
 
 
 # What depends on the machine alone is a constant to a compiled graph.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def machine_refusal(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on tensors of this kind of device on this machine, whatever the op."""
     if backend == "cpp":
@@ -147,7 +155,7 @@ def interpreting() -> bool:
 
 
 # A graph is compiled anew where torch's setting has changed: it guards on it.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def allows_tf32() -> bool:
     """Whether torch multiplies float32 matrices on a GPU as TF32."""
     matmul = torch.backends.cuda.matmul
@@ -257,7 +265,7 @@ _warned: set[str] = set()
 _NOT_THE_USERS = re.compile(r"recattn_kernels(\.|$)|torch\.nn\.modules\.module$")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _warn_once(message: str) -> None:
     """Points at the line outside this package that the call came from."""
     if message in _warned:

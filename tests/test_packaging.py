@@ -209,6 +209,13 @@ def test_without_optional_packages(missing: tuple[str, ...], tmp_path: Path) -> 
     assert "indrnn" in run_python(block + INFO, ROOT, tmp_path)
 
 
+def test_import_takes_what_it_needs(tmp_path: Path) -> None:
+    """Everybody, each time: a CPU's call has no use for the compilers, which take longer to import than torch."""
+    call = "x = torch.randn(3, 2, 4); recattn_kernels.GRU(4, 4)(x); recattn_kernels.indrnn(x, torch.ones(4))"
+    look = "print(sorted({'torch._dynamo', 'torch._inductor', 'triton', 'sympy', 'matplotlib'} & set(sys.modules)))"
+    assert run_python(f"import sys, torch, recattn_kernels\n{call}\n{look}", ROOT, tmp_path).strip() == "[]"
+
+
 @needs_build
 def test_failed_build_ships_no_old_binary(stand_in: Path, tmp_path: Path) -> None:
     """Who upgrades in a checkout with a broken compiler: no kernels, never last version's kernels."""

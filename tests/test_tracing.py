@@ -146,3 +146,8 @@ def test_torch_function(spec: OpSpec) -> None:
     assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [spec.function]
     plain = [t.as_subclass(Tensor) for t in (*results, *tensors(graph(x)))]
     torch.testing.assert_close(plain, 3 * tensors(expected), rtol=0, atol=0)
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    ours, torchs = backends.constant_when_compiled(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(torchs) != {}

@@ -133,7 +133,7 @@ def surely(condition: bool) -> bool:
     return condition
 
 
-@torch.compiler.assume_constant_result
+@backends.constant_when_compiled
 def _multiprocessors(index: int | None) -> int:
     return 1 if index is None else gpu.gpu_of(torch.device("cuda", index)).multiprocessors
 
