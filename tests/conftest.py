@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import os
 import runpy
 from collections.abc import Iterator
@@ -49,6 +51,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_interpreter)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once() -> None:
+    """Triton's interpreter puts its own functions into triton.language for a launch, and looks for what to replace once
+    more in every call of a function by a kernel, where all is replaced: nearly half of the time of these tests."""
+    if not INTERPRETING or importlib.util.find_spec("triton") is None:
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    def patch(function: Any) -> Any:
+        modules = [m for m in function.__globals__.values() if inspect.ismodule(m) and m in (language, language.core)]
+        if modules and not any(language.core.is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch_language(function)
+
+    patch_language = interpreter._patch_lang
+    if hasattr(interpreter, "_LangPatchScope"):  # not in each Triton
+        interpreter._patch_lang = patch
 
 
 @pytest.fixture(autouse=True)
