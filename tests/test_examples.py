@@ -26,6 +26,18 @@ def run_example(name: str, *args: str) -> str:
     return result.stdout
 
 
+def invoke(name: str, *args: str, exit_code: int = 0) -> str:
+    """As run_example, in this process, which has imported torch: for what follows a run as a user's."""
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(load_example(name).main)
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "1000"})
+    assert result.exit_code == exit_code, (result.output, result.exception)
+    return str(result.output)
+
+
 def load_example(name: str) -> ModuleType:
     folder = str(ROOT / "examples")
     if folder not in sys.path:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import load_example, run_example
+from test_examples import invoke, load_example, run_example
 
 CAPTIONING_PACKAGES = ("typer", "rich", "matplotlib", "numpy", "sacrebleu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["soft", "hard"])
 def test_captioning(attention: str, tmp_path: Path) -> None:
     for package in CAPTIONING_PACKAGES:
@@ -31,7 +32,7 @@ def test_captioning(attention: str, tmp_path: Path) -> None:
     assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert "BLEU-4" in printed
     if attention == "hard":  # it has more to be restored: what is drawn, and the baseline
-        run_example("captioning.py", "--resume", "--steps", "6", *measured)
+        invoke("captioning.py", "--resume", "--steps", "6", *measured)
         resumed = json.loads((out / "result.json").read_text())
         assert resumed["curve"][:2] == written["curve"] and resumed["curve"][2]["step"] == 6
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import load_example, run_example
+from test_examples import invoke, load_example, run_example
 
 import recattn_kernels
 
@@ -18,6 +18,7 @@ CHAR_LM_PACKAGES = ("typer", "rich", "matplotlib")
 RHYME = "row, row, row your boat, gently down the stream. merrily, merrily, merrily, merrily, life is but a dream.\n"
 
 
+@pytest.mark.slow
 def test_char_lm(tmp_path: Path) -> None:
     for package in CHAR_LM_PACKAGES:
         pytest.importorskip(package)
@@ -34,11 +35,10 @@ def test_char_lm(tmp_path: Path) -> None:
     assert written["sample"] in printed and "IndRNN, 2 x 8" in printed
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    run_example("char_lm.py", "--resume", "--epochs", "3", "--sample", "0", "--out", str(out))
+    invoke("char_lm.py", "--resume", "--epochs", "3", "--sample", "0", "--out", str(out))
     resumed = json.loads((out / "curve.json").read_text())
     assert resumed["curve"][:2] == written["curve"] and resumed["curve"][2]["step"] == 15
-    with pytest.raises(AssertionError, match="hidden"):
-        run_example("char_lm.py", "--resume", "--hidden", "16", "--out", str(out))
+    assert "hidden" in invoke("char_lm.py", "--resume", "--hidden", "16", "--out", str(out), exit_code=2)
 
 
 def test_char_lm_spells() -> None:

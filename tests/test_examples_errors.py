@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import load_example, run_example
+from test_examples import invoke, load_example
 
 PACKAGES = ("typer", "rich", "matplotlib", "numpy", "scipy", "mlxtend", "sacrebleu")
 EXAMPLES = (
@@ -23,14 +23,7 @@ RESUMABLE = tuple(name for name in EXAMPLES if name not in ("adding_problem", "s
 def refusal(name: str, *args: str) -> str:
     for package in PACKAGES:
         pytest.importorskip(package)
-    from typer import Typer
-    from typer.testing import CliRunner
-
-    app = Typer()
-    app.command()(load_example(f"{name}.py").main)
-    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "1000"})
-    assert result.exit_code == 2, (result.output, result.exception)
-    return str(result.output)
+    return invoke(f"{name}.py", *args, exit_code=2)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -93,7 +86,7 @@ def test_refuses_a_broken_best_checkpoint(name: str, training: tuple[str, ...], 
         (tmp_path / "text").write_text(20 * "an eye for an eye makes the whole world blind\n")
         training += ("--text", str(tmp_path / "text"))
     best, resume = tmp_path / "out" / "best.pt", ("--out", str(tmp_path / "out"), "--resume", longer, "2")
-    run_example(f"{name}.py", *training, *resume[:2])
+    invoke(f"{name}.py", *training, *resume[:2])
     best.write_bytes(b"")
     assert "best.pt cannot be read as a checkpoint" in refusal(name, *resume)
     torch.save({"network": {}}, best)

