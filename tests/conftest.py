@@ -6,11 +6,8 @@ import contextlib
 import importlib.util
 import inspect
 import os
-import runpy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 # Before anything imports distutils, as compiling with Triton does: setuptools, which torch's Inductor needs later,
 # refuses to be imported after it.
@@ -24,15 +21,7 @@ import pytest
 import torch
 from emulation import cuda_on_the_cpu, emulated  # noqa: F401  (fixtures)
 
-ROOT = Path(__file__).resolve().parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def of_setup_py() -> dict[str, Any]:
-    """What setup.py defines: its flags, and how it finds compilers. Nothing is built."""
-    pytest.importorskip("setuptools")
-    with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_interpreter)
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    items.sort(key=lambda item: "slow" not in item.keywords)  # so that several processes end at about the same time
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""The GPU kernels compiled without a GPU: that every architecture takes them, in how many registers, and how often.
+"""The Triton kernels compiled without a GPU: that every architecture takes them, in how many registers, and how often.
 
 An op takes part by what its triton.py declares: aot_variants and aot_same (see recattn_kernels/triton_launch.py). Every
 variant of the selection is compiled, for one architecture; with --aot-full all variants are, for all architectures.
@@ -10,12 +10,11 @@ import importlib.util
 import re
 import subprocess
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INTERPRETING, ROOT, of_setup_py
+from conftest import INTERPRETING
 
 from recattn_kernels import backends, registry
 
@@ -113,27 +112,3 @@ def test_triton_does_not_recompile(op: str, target: str) -> None:
         for launches in zip(*calls, strict=True):
             keys = [launch.specialisation(GPUTarget(backend, architecture, lanes)) for launch in launches]
             assert all(key == keys[0] for key in keys)
-
-
-def cuda_sources() -> Iterator[Path]:
-    yield from sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in cuda_sources()])
-def test_cuda_compiles_without_spills(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    build = of_setup_py()
-    try:
-        nvcc = build["find_nvcc"]()
-    except build["NotBuiltError"]:
-        pytest.skip("nvcc is not installed")
-    options = [*build["CUDA_FLAGS"].split(), "-Xptxas", "-v", "-fatbin", f"-I{source.parents[1]}"]
-    for architecture in ("80", "90") if request.config.getoption("--aot-full") else ("90",):
-        options += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command = [nvcc, *options, str(source), "-o", str(tmp_path / "kernels.fatbin")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    # The stack frame also has what no register can be indexed for.
-    used = re.findall(r"(\d+) bytes (?:stack frame|spill stores)", result.stderr)
-    assert len(used) > 0
-    assert not any(map(int, used)), result.stderr

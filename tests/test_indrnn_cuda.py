@@ -28,6 +28,7 @@ def sample(T: int, B: int, H: int, **options: Any) -> Sample:
     return of_indrnn.sample("sample", T, B, H, **{**of_indrnn.EVERYTHING, "u": tame, **options})
 
 
+@pytest.mark.slow  # with the emulation's build
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conforms(dtype: torch.dtype) -> None:
     for sample in INDRNN.samples:
