@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const __grid_constant_
 }
 
 // g[t] = clip(dy[t] + weight_hh * g[t+1]) * act'(h[t]);  dx = g;  dweight_hh = sum g[t] * h[t-1];  dbias = sum g
+// The bound is one block: left to guess how many are wanted, the compiler spills a register for sm_80.
 template <class E, Activation A, bool GATED>
-__global__ void __launch_bounds__(THREADS) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
+__global__ void __launch_bounds__(THREADS, 1) backward_kernel(const __grid_constant__ IndrnnBackward p, int depth) {
   using Word = typename E::Word;
   constexpr int N = E::COLUMNS;
   char* const ring = shared_memory();
