@@ -29,6 +29,7 @@ SAMPLES = (
     "layer_norm_everything", "layer_norm_reverse", "original_plain", "original_wide", "original_everything",
     "original_everything_reverse", "original_everything_batch_first", "original_no_steps", "original_nan",
 )  # fmt: skip
+CLUSTERS = launch_plan.Gpu(132, 200_000, (9, 0))  # and nothing else is planned for it
 EVERYTHING = ("everything", "layer_norm_everything", "original_everything")
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -44,10 +45,23 @@ def variants(op: str, T: int, B: int, H: int) -> list[Sample]:
     return [calls.sample(f"variant_{i}", T, B, H, **usual, **own) for i, own in enumerate(options)]
 
 
+@pytest.fixture(params=["across_grid", "in_cluster"])
+def exchange(request: pytest.FixtureRequest, cuda_on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU has one form of the exchange, and chooses among its plans."""
+    if request.param == "in_cluster":
+        every = launch_plan.candidates
+        monkeypatch.setattr(gpu, "gpu_of", lambda device: CLUSTERS)
+        monkeypatch.setattr(launch_plan, "candidates", lambda *args: (plan for plan in every(*args) if plan.cluster))
+
+
+both_forms = pytest.mark.usefixtures("exchange")
+
+
 def samples(op: str, names: tuple[str, ...] = SAMPLES) -> list[Sample]:
     return [sample for sample in registry.find(op).samples if sample.name in names]
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS)
 def test_conforms(op: str) -> None:
     spec = registry.find(op)
@@ -55,6 +69,7 @@ def test_conforms(op: str) -> None:
         judge(conformance.compare(spec, sample, "cuda", torch.float32))
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_sixteen_bit(op: str, dtype: torch.dtype) -> None:
@@ -64,6 +79,7 @@ def test_sixteen_bit(op: str, dtype: torch.dtype) -> None:
         judge(conformance.compare(spec, everything, "cuda", dtype, mixed=True))
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS)
 def test_every_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows to a block and many, many units and few, as another GPU or batch would have them."""
@@ -95,6 +111,7 @@ def test_more_rows_than_blocks(op: str, monkeypatch: pytest.MonkeyPatch) -> None
         launch_plan.launch_plan.cache_clear()
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS)
 def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows of weights that are read 16 bytes at a time."""
@@ -112,6 +129,20 @@ def test_several_places_a_thread(op: str, monkeypatch: pytest.MonkeyPatch) -> No
         judge(conformance.compare(registry.find(op), sample, "cuda", torch.float32))
 
 
+@pytest.mark.parametrize(("H", "units"), [(32, 8), (32, 2), (44, 12), (34, 6), (33, 5)])
+@pytest.mark.parametrize("op", OPS)
+def test_every_cluster(op: str, H: int, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few slices, and as many as there can be, which send each other words of 16 bytes to 2."""
+
+    def launch(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return launch_plan.laid_out(problem, units, rows=8, groups=launch_plan.ceil_div(B, 8), cluster=True)
+
+    monkeypatch.setattr(launch_plan, "launch_plan", launch)
+    for sample in variants(op, 3, 11, H):
+        for dtype in (torch.float32, torch.bfloat16):
+            judge(conformance.compare(registry.find(op), sample, "cuda", dtype))
+
+
 def test_more_slices_than_a_warp_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what rows are normalised by. An odd number of slices."""
 
@@ -123,6 +154,7 @@ def test_more_slices_than_a_warp_reads_at_once(monkeypatch: pytest.MonkeyPatch) 
     judge(conformance.compare(registry.find("lstm"), normed, "cuda", torch.float32))
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS)
 def test_every_order_of_threads_gives_the_same_bits(op: str) -> None:
     spec = registry.find(op)
@@ -150,11 +182,13 @@ def test_a_failed_launch_is_forgotten(emulated: ModuleType, monkeypatch: pytest.
     assert emulated.last_error() == 0
 
 
+@both_forms
 def test_every_warp_multiplies_more_than_it_reads_ahead() -> None:
     sample = Samples(1).sample("wider", 3, 2, 270, state=True, bias_hh=random_tensors.bias)
     judge(conformance.compare(registry.find("rnn"), sample, "cuda", torch.float32))
 
 
+@both_forms
 @pytest.mark.parametrize("op", OPS)
 def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch allows it float32 loses digits, as many as TF32 has fewer and no more."""

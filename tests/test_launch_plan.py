@@ -10,10 +10,13 @@ from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.launch_plan import Gpu, Plan, Problem, refusal
 
 KB = 1024
-A100, H100 = Gpu(108, 163 * KB, (8, 0)), Gpu(132, 227 * KB, (9, 0))
+A100, H100, H20 = Gpu(108, 163 * KB, (8, 0)), Gpu(132, 227 * KB, (9, 0)), Gpu(78, 227 * KB, (9, 0))
+RTX_5090 = Gpu(170, 99 * KB, (12, 0))
 GPUS = {
     "a100": A100,
     "h100": H100,
+    "h20": H20,
+    "rtx-5090": RTX_5090,
     "rtx-3060": Gpu(28, 99 * KB, (8, 6)),
     "small": Gpu(4, 48 * KB),
     "one": Gpu(1, 99 * KB),
@@ -33,8 +36,11 @@ def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
     assert plan.rows % launch_plan.COLUMN_TILE == 0
     assert plan.groups * plan.rows * (plan.passes(B) - 1) < B <= plan.groups * plan.rows * plan.passes(B)
     assert (plan.groups - 1) * plan.rows < B, "a group that has no rows in any pass"
-    # All blocks run at once: one on a multiprocessor.
-    assert 1 <= plan.blocks <= gpu.multiprocessors
+    # All blocks run at once, one on a multiprocessor, or those of a cluster do, and one launch takes all groups.
+    if plan.cluster:
+        assert gpu.capability >= (9, 0) and 1 <= plan.slices <= launch_plan.cluster_limit(gpu) and plan.passes(B) == 1
+    else:
+        assert 1 <= plan.blocks <= gpu.multiprocessors
     # A warp holds all results of a block's weights.
     weight_rows = problem.weight_rows(plan.units)
     assert weight_rows <= launch_plan.ROW_TILE * launch_plan.ROW_TILES
@@ -44,11 +50,11 @@ def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
     kept = (2 if problem.gates == 4 or problem.twice else 1) * plan.units
     if problem.normed:
         kept += (2 if problem.backward else 1) * columns
-    assert weights + kept * plan.rows * 4 < plan.shared <= gpu.shared
+    exchanged = 2 * plan.rows * (problem.inner if problem.backward else problem.H) * problem.element
+    assert weights + kept * plan.rows * 4 + plan.cluster * exchanged < plan.shared <= gpu.shared
     assert not problem.backward or columns <= launch_plan.THREADS, "columns whose gradients no thread would sum"
-    exchanged = (problem.inner if problem.backward else problem.H) * problem.element
     means = {1: 1, 3: 1, 4: 3 if problem.backward else 2}[problem.gates] * problem.normed * plan.slices * 8
-    assert plan.workspace >= plan.groups * (plan.rows * (2 * exchanged + means) + 4)
+    assert plan.workspace >= plan.groups * (plan.rows * means + (not plan.cluster) * (exchanged + 4))
     assert plan.workspace % 16 == 0
 
 
@@ -103,6 +109,33 @@ def test_the_batch_decides_nothing(name: str) -> None:
                 for backward in (False, True)
             )
             assert refused == any(isinstance(plan, str) for plan in plans)
+
+
+def test_clusters() -> None:
+    """Where they are, how large, and for what: a group that one holds has the shorter way."""
+    assert [launch_plan.cluster_limit(gpu) for gpu in (A100, H20, RTX_5090, H100)] == [0, 8, 8, 16]
+    gru = Problem(3, 256, 2, False, False)
+    plans = [launch_plan.launch_plan(gru, 32, gpu) for gpu in (A100, H100)]
+    assert [isinstance(plan, Plan) and plan.cluster for plan in plans] == [False, True]
+    wide = launch_plan.launch_plan(gru._replace(H=1024), 32, H100)
+    assert isinstance(wide, Plan) and not wide.cluster
+    assert {plan.cluster for plan in launch_plan.candidates(gru, 32, H100)} == {False, True}
+
+
+def test_clusters_that_do_not_run_at_once_take_turns() -> None:
+    plan = launch_plan.laid_out(Problem(3, 256, 2, False, False), units=16, rows=8, groups=17, cluster=True)
+    assert [launch_plan.rounds(plan._replace(groups=groups), 8 * groups, H100) for groups in (8, 9, 17)] == [1, 2, 3]
+    pairs_of_four = plan._replace(slices=7, groups=33)
+    assert launch_plan.rounds(pairs_of_four, 33 * 8, H100) == 3, "two clusters of 7 in each of 8 GPCs"
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_clusters_refuse_nothing_and_allow_nothing(name: str) -> None:
+    """Kernels that were compiled without them take what the others take."""
+    gpu = GPUS[name]
+    for (gates, *variant), H, (element, exact) in itertools.product(KINDS, HIDDEN, TYPES.values()):
+        problem = Problem(gates, H, element, exact, False, *variant)
+        assert (refusal(problem, gpu) is None) == (refusal(problem, gpu._replace(capability=(8, 0))) is None)
 
 
 def test_refusals() -> None:

@@ -8,7 +8,7 @@ namespace {
 using GatedCommon = std::tuple<std::tuple<int64_t, int64_t, int64_t>, int, int, bool, Typed,
                                std::tuple<Typed, Typed, Typed, Typed>, Strided, uintptr_t, bool,
                                std::tuple<double, double>, Strided, Strided,
-                               std::tuple<int, int, int, int, int64_t, int64_t>, uintptr_t>;
+                               std::tuple<int, int, int, int, int64_t, int64_t, bool>, uintptr_t>;
 
 // What a forward keeps, in the order of recattn_kernels/ops/gated/contract.py's Kept.
 using Kept = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
@@ -36,7 +36,8 @@ P gated(const GatedCommon& common) {
   p.zoneout_c = float(std::get<1>(zoneout));
   p.keep_h = mask(keep_h);
   p.keep_c = mask(keep_c);
-  std::tie(p.plan.units, p.plan.rows, p.plan.slices, p.plan.groups, p.plan.shared, p.plan.workspace) = plan;
+  std::tie(p.plan.units, p.plan.rows, p.plan.slices, p.plan.groups, p.plan.shared, p.plan.workspace, p.plan.cluster) =
+      plan;
   p.workspace = pointer(workspace);
   return p;
 }

@@ -3,9 +3,13 @@
 // One launch takes all steps. A block (slice, group) has some units of some rows of the batch, and their weights in
 // shared memory. In each step it multiplies these by what all slices of its group have left in the exchange (the
 // states, or on the way back the gradients of the gates), computes its own units from that, and leaves those there in
-// turn: two places take turns, since a block may write the next while another still reads the last. How far all have
-// come is counted in global memory, by release and acquire; the launch is cooperative, or a block might wait for one
-// that has not begun.
+// turn: two places take turns, since a block may write the next while another still reads the last.
+//
+// The exchange has two forms. Across the grid, a group's is in global memory, and so is the count of how far its blocks
+// have come, by release and acquire; the launch is cooperative, or a block might wait for one that has not begun. Where
+// the hardware has thread-block clusters and one holds the group, each block has an exchange of its own in shared
+// memory: what it leaves it stores in those of the others too, and the hardware's barrier of a cluster tells when all
+// have. Groups then need not run at once.
 //
 // All meet once in a step, and once more in between for each mean over a row that a layer norm needs (gated_norm.cuh),
 // and in gru_before for r * h, which is multiplied after h: the two then have one of the two places each.
@@ -36,13 +40,18 @@ struct Pair {
 // The pairs of one row that the slices leave are read two at a time.
 RECATTN_FN int64_t pairs_of_row(const GatedPlan& plan) { return ceil_div(plan.slices, 2) * 2; }
 
-// The bytes that all blocks exchange: what is multiplied, twice, and what rows are normalised by.
+// The bytes of the workspace: what is multiplied, what rows are normalised by, and counters.
 RECATTN_FN int64_t exchange_bytes(const GatedPlan& plan, const Layout& layout) {
-  return 2 * int64_t(layout.segments) * SEGMENT * plan.rows * plan.groups;
+  return plan.cluster ? 0 : plan.groups * layout.group_bytes(plan);
 }
 RECATTN_FN int64_t pair_bytes(const GatedPlan& plan, const Layout& layout) {
   return int64_t(layout.met) * plan.groups * plan.rows * pairs_of_row(plan) * int64_t(sizeof(Pair));
 }
+RECATTN_FN int64_t counter_bytes(const GatedPlan& plan) {
+  return plan.cluster ? 0 : plan.groups * COUNTER * int64_t(sizeof(unsigned));
+}
+
+enum class Exchange { across_grid, in_cluster };
 
 // One unit of one row of the batch. It has the same thread in every step, if not in multiply() that of each_place().
 struct Place {
@@ -51,19 +60,30 @@ struct Place {
   bool inside;    // of the batch and of H
 };
 
-template <class E>
+template <class E, Exchange X>
 class Block {
   using Element = typename E::Element;
+  static constexpr bool CLUSTER = X == Exchange::in_cluster;
 
  public:
-  __device__ Block(const Gated& p, const Layout& layout)
+  // In a cluster a block's rank is its slice.
+  __device__ Block(const Gated& p, const Layout& layout, char* memory)
       : p_(p), group_(int(blockIdx.x) / p.plan.slices), slice_(int(blockIdx.x) % p.plan.slices),
         n0_(int64_t(slice_) * p.plan.units), b0_(p.first_row + int64_t(group_) * p.plan.rows),
-        row_bytes_(int64_t(layout.segments) * SEGMENT), turn_bytes_(row_bytes_ * p.plan.rows * p.plan.groups),
-        exchange_(static_cast<char*>(p.workspace) + row_bytes_ * p.plan.rows * group_),
+        row_bytes_(layout.row_bytes),
+        exchange_(CLUSTER ? memory + layout.exchange
+                          : static_cast<char*>(p.workspace) + group_ * layout.group_bytes(p.plan)),
         pairs_(reinterpret_cast<Pair*>(static_cast<char*>(p.workspace) + exchange_bytes(p.plan, layout))),
         arrived_(reinterpret_cast<unsigned*>(reinterpret_cast<char*>(pairs_) + pair_bytes(p.plan, layout)) +
-                 group_ * COUNTER) {}
+                 group_ * COUNTER) {
+    if constexpr (CLUSTER) {
+      // Past what is left a row is read too, times weights of 0. Nobody's memory is written before its block has begun.
+      uint4* words = reinterpret_cast<uint4*>(exchange_);
+      for (int i = threadIdx.x; i < layout.group_bytes(p.plan) / 16; i += BLOCK_THREADS) words[i] = uint4{};
+      cluster_arrive();
+      cluster_wait();
+    }
+  }
 
   __device__ const GatedPlan& plan() const { return p_.plan; }
   __device__ int slice() const { return slice_; }
@@ -88,7 +108,7 @@ class Block {
 
   // What the blocks of the group leave at a turn: rows, of which the inner dimension is contiguous.
   __device__ char* exchanged(int64_t turn, int row) const {
-    return exchange_ + (turn & 1) * turn_bytes_ + row * row_bytes_;
+    return exchange_ + ((turn & 1) * p_.plan.rows + row) * row_bytes_;
   }
   __device__ void leave(int64_t turn, int row, int64_t k, float v) const {
     reinterpret_cast<Element*>(exchanged(turn, row))[k] = E::narrow(v);
@@ -113,7 +133,7 @@ class Block {
     for (int row0 = 0; row0 < p_.plan.rows; row0 += BATCH) {
       const int rows = p_.plan.rows - row0 < BATCH ? p_.plan.rows - row0 : BATCH;
       if (row0 > 0) __syncthreads();
-      product.run(exchanged(turn, row0), rows / COLUMN_TILE, part);
+      product.template run<CLUSTER>(exchanged(turn, row0), rows / COLUMN_TILE, part);
       __syncthreads();
       for (int i = row0 * p_.plan.units + threadIdx.x; i < (row0 + rows) * p_.plan.units; i += BLOCK_THREADS) {
         const Place at = place(i);
@@ -122,19 +142,45 @@ class Block {
     }
   }
 
-  // What the block has left is there for those who wait for it.
+  // What the block has left is there for those who wait for it, but for that which is multiplied: arrive_with(). Every
+  // arrival is waited for, and so a cluster's blocks end when nobody writes to them any more.
   __device__ void arrive() const {
-    __syncthreads();
-    if (threadIdx.x == 0) count_release(arrived_);
+    if constexpr (CLUSTER) {
+      cluster_arrive();
+    } else {
+      __syncthreads();
+      if (threadIdx.x == 0) count_release(arrived_);
+    }
+  }
+  // And what it has left at a turn to be multiplied: its units, of some gates from a first one on.
+  __device__ void arrive_with(int64_t turn, int gate, int gates) const {
+    if constexpr (CLUSTER) {
+      __syncthreads();
+      const int64_t ends = (p_.H | n0_ | units_of(slice_)) * int64_t(sizeof(Element));
+      if (ends % 16 == 0) {
+        send<uint4>(turn, gate, gates);
+      } else if (ends % 8 == 0) {
+        send<uint64_t>(turn, gate, gates);
+      } else if (ends % 4 == 0) {
+        send<uint32_t>(turn, gate, gates);
+      } else {
+        send<Element>(turn, gate, gates);
+      }
+    }
+    arrive();
   }
   // Until all blocks of the group have arrived as often as this one has waited, this time included.
   __device__ void wait() {
-    expected_ += unsigned(p_.plan.slices);
-    if (threadIdx.x == 0) {
-      while (int(load_acquire(arrived_) - expected_) < 0) {  // the count may wrap around
+    if constexpr (CLUSTER) {
+      cluster_wait();
+    } else {
+      expected_ += unsigned(p_.plan.slices);
+      if (threadIdx.x == 0) {
+        while (int(load_acquire(arrived_) - expected_) < 0) {  // the count may wrap around
+        }
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
 
   // Steps that the row takes, and whether its state is zeroed before the one at t.
@@ -186,9 +232,25 @@ class Block {
   }
 
  private:
+  // To the others of the cluster, a word at a time. Each warp has others, and each block begins with the one after it.
+  template <class Word>
+  __device__ void send(int64_t turn, int gate, int gates) const {
+    constexpr int N = sizeof(Word) / sizeof(Element);
+    const int slices = p_.plan.slices, words = units_of(slice_) / N, lane = threadIdx.x % 32;
+    char* from = exchanged(turn, 0) + (gate * p_.H + n0_) * int64_t(sizeof(Element));
+    for (int next = 1 + int(threadIdx.x) / 32; next < slices; next += WARPS) {
+      char* to = of_cluster(from, (slice_ + next) % slices);
+      for (int i = lane; i < rows() * gates * words; i += 32) {
+        const int word = i % words, g = i / words % gates, row = i / words / gates;
+        const int64_t at = row * row_bytes_ + (g * p_.H + word * N) * int64_t(sizeof(Element));
+        *reinterpret_cast<Word*>(to + at) = *reinterpret_cast<const Word*>(from + at);
+      }
+    }
+  }
+
   const Gated& p_;
   const int group_, slice_;
-  const int64_t n0_, b0_, row_bytes_, turn_bytes_;
+  const int64_t n0_, b0_, row_bytes_;
   char* const exchange_;
   Pair* const pairs_;
   unsigned* const arrived_;
@@ -210,11 +272,16 @@ RECATTN_FN Shares zoneout_backward(const Mask& mask, bool keep, float rate, floa
   return rate == 0.0f ? Shares{0.0f, d} : Shares{rate * d, (1.0f - rate) * d};
 }
 
-// f<E, C, NORMED>(), C being that of both activations where the cell is an rnn.
+// f<E, C, NORMED, X>(), C being that of both activations where the cell is an rnn.
 template <class F>
 void by_kernel(const Gated& p, F f) {
+  const auto by_exchange = [&]<class E, Cell C, bool NORMED>() {
+    return p.plan.cluster ? f.template operator()<E, C, NORMED, Exchange::in_cluster>()
+                          : f.template operator()<E, C, NORMED, Exchange::across_grid>();
+  };
   const auto by_norm = [&]<class E, Cell C>() {
-    return p.ln_weight.data ? f.template operator()<E, C, true>() : f.template operator()<E, C, false>();
+    return p.ln_weight.data ? by_exchange.template operator()<E, C, true>()
+                            : by_exchange.template operator()<E, C, false>();
   };
   const auto by_cell = [&]<class E>() {
     switch (p.cell) {
@@ -222,7 +289,7 @@ void by_kernel(const Gated& p, F f) {
       case Cell::rnn_relu: return by_norm.template operator()<E, Cell::rnn_tanh>();
       case Cell::lstm: return by_norm.template operator()<E, Cell::lstm>();
       case Cell::gru: return by_norm.template operator()<E, Cell::gru>();
-      case Cell::gru_before: return f.template operator()<E, Cell::gru_before, false>();
+      case Cell::gru_before: return by_exchange.template operator()<E, Cell::gru_before, false>();
     }
   };
   switch (p.weight_hh.dtype) {
@@ -237,8 +304,8 @@ void by_kernel(const Gated& p, F f) {
 template <class P>
 void launch_gated(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t stream, const char* what) {
   const GatedPlan& plan = p.plan;
-  const int64_t exchange = exchange_bytes(plan, layout) + pair_bytes(plan, layout);
-  if (layout.bytes != plan.shared || exchange + plan.groups * COUNTER * 4 != plan.workspace) {
+  const int64_t workspace = exchange_bytes(plan, layout) + pair_bytes(plan, layout) + counter_bytes(plan);
+  if (layout.bytes != plan.shared || workspace != plan.workspace) {
     throw std::runtime_error(std::string(what) + " and its launch plan count different bytes");
   }
   // The device's maximum, not layout.bytes: another thread may be about to launch the same kernel with more.
@@ -247,11 +314,27 @@ void launch_gated(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t st
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         what);
+  cudaLaunchAttribute form{};
+  if (plan.cluster) {
+    form.id = cudaLaunchAttributeClusterDimension;
+    form.val.clusterDim.x = unsigned(plan.slices);
+    form.val.clusterDim.y = form.val.clusterDim.z = 1;
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          what);
+  } else {
+    form.id = cudaLaunchAttributeCooperative;
+    form.val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.slices * plan.groups));
+  config.blockDim = dim3(BLOCK_THREADS);
+  config.dynamicSmemBytes = size_t(layout.bytes);
+  config.stream = stream;
+  config.attrs = &form;
+  config.numAttrs = 1;
   for (p.first_row = 0; p.first_row < p.B; p.first_row += int64_t(plan.groups) * plan.rows) {
-    check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream), what);
-    void* arguments[] = {&p, &layout};
-    check(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.slices * plan.groups)), dim3(BLOCK_THREADS), arguments,
-                                      size_t(layout.bytes), stream), what);
+    if (!plan.cluster) check(cudaMemsetAsync(p.workspace, 0, size_t(plan.workspace), stream), what);
+    check(cudaLaunchKernelEx(&config, kernel, p, layout), what);
   }
 }
 

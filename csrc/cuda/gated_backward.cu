@@ -73,8 +73,8 @@ RECATTN_FN Gradients<C> cell_backward(const Gated& p, const Inputs<C>& in, float
 // In the order of the backward: step 0 is the last that was taken.
 RECATTN_FN int64_t time_of(const Gated& p, int64_t i) { return p.reverse ? i : p.T - 1 - i; }
 
-template <class E, Cell C>
-__device__ Inputs<C> inputs(const GatedBackward& p, const Block<E>& block, const Place& at, int64_t step, int steps) {
+template <Cell C, class Block>
+__device__ Inputs<C> inputs(const GatedBackward& p, const Block& block, const Place& at, int64_t step, int steps) {
   Inputs<C> in;
   const int64_t t = time_of(p, step), earlier = p.reverse ? t + 1 : t - 1;
   in.valid = at.inside && step < p.T && t < steps;
@@ -113,7 +113,7 @@ Layout layout_of(const GatedBackward& p) {
   return {p.plan, needs};
 }
 
-template <class E, Cell C, bool NORMED>
+template <class E, Cell C, bool NORMED, Exchange X>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     backward_kernel(const __grid_constant__ GatedBackward p, const __grid_constant__ Layout layout) {
   // dh[t] = clip(dy[t] + dh' + dq[t+1] W_hh);  dx[t], dq[t] = cell's backward of it;  dh' from h[t] past dq[t]
@@ -125,9 +125,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   using Element = typename E::Element;
   const int units = p.plan.units, places = p.plan.rows * units, columns = G * units;
   char* memory = shared_memory();
-  Block<E> block(p, layout);
+  Block<E, X> block(p, layout, memory);
   Product<E> product(layout, memory);
-  const Norm<E> norm(block, columns);
+  const Norm norm(block, columns);
   float* dh = reinterpret_cast<float*>(memory + layout.h);  // without what comes through q
   float* dc = reinterpret_cast<float*>(memory + layout.c);  // gru_before: dz, from one product to the other
   int* steps = reinterpret_cast<int*>(memory + layout.lengths);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   const auto expect = [&](int64_t step) {
     if (int(threadIdx.x) < places) {
       const Place at = block.place(threadIdx.x);
-      first = inputs<E, C>(p, block, at, step, steps[at.row]);
+      first = inputs<C>(p, block, at, step, steps[at.row]);
     }
     if (step >= p.T) return;
     const int64_t t = time_of(p, step), earlier = p.reverse ? t + 1 : t - 1;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   if (NORMED_C && p.T > 0) {
     expect(0);
     block.each_place([&](int i, const Place& at) {
-      const Inputs<C> in = i == int(threadIdx.x) ? first : inputs<E, C>(p, block, at, 0, steps[at.row]);
+      const Inputs<C> in = i == int(threadIdx.x) ? first : inputs<C>(p, block, at, 0, steps[at.row]);
       row_of(at)[0] = cell_state(in);
     });
     leave_c();
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (NORMED_C && step < p.T) norm.combine_moments(OF_C, 1, of_c);
 
     const auto inputs_of = [&](int i, const Place& at) {
-      return i == int(threadIdx.x) ? first : inputs<E, C>(p, block, at, step, steps[at.row]);
+      return i == int(threadIdx.x) ? first : inputs<C>(p, block, at, step, steps[at.row]);
     };
     // What dL/dh[t] and dL/dc[t] become before the cell's backward.
     const auto arriving_h = [&](int i, const Inputs<C>& in) {
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 
     if constexpr (C == Cell::gru_before) {
       // d(r * h) = dn W_hn;  dr = d(r * h) * h * r * (1 - r);  dh' += d(r * h) * r
-      block.arrive();
+      block.arrive_with(turn + 1, 2, 1);
       block.wait();
       block.multiply(product, turn + 1, product.of_inner(2 * p.H, 3 * p.H), [&](int i, const Place& at, auto sum) {
         const Inputs<C> in = inputs_of(i, at);
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
       norm.combine_means(WHICH, float(G * p.H), means);
       __syncthreads();
       block.each_place([&](int i, const Place& at) {
-        const Inputs<C> in = i == int(threadIdx.x) ? here : inputs<E, C>(p, block, at, step, steps[at.row]);
+        const Inputs<C> in = i == int(threadIdx.x) ? here : inputs<C>(p, block, at, step, steps[at.row]);
         const auto [mean, along] = means[at.row];
         float* own = row_of(at);
         for (int g = 0; g < G; ++g) {
@@ -348,12 +348,12 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
           leave_q(at, in, g, dq);
         }
         if (NORMED_C && more) {
-          own[0] = cell_state(i == int(threadIdx.x) ? first : inputs<E, C>(p, block, at, step + 1, steps[at.row]));
+          own[0] = cell_state(i == int(threadIdx.x) ? first : inputs<C>(p, block, at, step + 1, steps[at.row]));
         }
       });
       if (NORMED_C && more) leave_c();
     }
-    if (step + 1 < p.T + initial) block.arrive();
+    if (step + 1 < p.T + initial) block.arrive_with(turn + TURNS, 0, C == Cell::gru_before ? 2 : G);
   }
   if constexpr (NORMED) {
     static_assert(4 * ROW_TILES * ROW_TILE <= BLOCK_THREADS, "a thread has one column at most");
@@ -371,8 +371,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 using namespace RECATTN_ISA;
 
 void gated_backward(const GatedBackward& p, cudaStream_t stream) {
-  by_kernel(p, [&]<class E, Cell C, bool NORMED>() {
-    launch_gated(backward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the backward kernel");
+  by_kernel(p, [&]<class E, Cell C, bool NORMED, Exchange X>() {
+    launch_gated(backward_kernel<E, C, NORMED, X>, p, layout_of<E, C, NORMED>(p), stream, "gated: the backward kernel");
   });
 }
 

@@ -41,8 +41,8 @@ struct Inputs {
 
 RECATTN_FN int64_t time_of(const Gated& p, int64_t i) { return p.reverse ? p.T - 1 - i : i; }
 
-template <class E, Cell C>
-__device__ Inputs<C> inputs(const GatedForward& p, const Block<E>& block, const Place& at, int64_t i, int steps) {
+template <Cell C, class Block>
+__device__ Inputs<C> inputs(const GatedForward& p, const Block& block, const Place& at, int64_t i, int steps) {
   Inputs<C> in;
   if (!at.inside) return in;
   const int64_t t = time_of(p, i);
@@ -69,7 +69,7 @@ Layout layout_of(const GatedForward& p) {
   return {p.plan, needs};
 }
 
-template <class E, Cell C, bool NORMED>
+template <class E, Cell C, bool NORMED, Exchange X>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     forward_kernel(const __grid_constant__ GatedForward p, const __grid_constant__ Layout layout) {
   // q = W_hh h[t-1] + bias_hh, or LN(W_hh h[t-1]) + bias_hh;  h[t], c[t] = cell(x[t], q, h[t-1], c[t-1])
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   using Element = typename E::Element;
   const int units = p.plan.units, places = p.plan.rows * units, columns = G * units;
   char* memory = shared_memory();
-  Block<E> block(p, layout);
+  Block<E, X> block(p, layout, memory);
   Product<E> product(layout, memory);
-  const Norm<E> norm(block, columns);
+  const Norm norm(block, columns);
   float* h = reinterpret_cast<float*>(memory + layout.h);
   float* c = reinterpret_cast<float*>(memory + layout.c);  // gru_before: z, from one product to the other
   float* bias = reinterpret_cast<float*>(memory + layout.bias);
@@ -112,20 +112,20 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (C == Cell::lstm) c[i] = load(p.c0, at.b * p.H + at.n);
     block.leave(0, at.row, at.n, p.T > 0 && block.resets(time_of(p, 0), at.b) ? 0.0f : h[i]);
   });
-  block.arrive();
+  if (p.T > 0) block.arrive_with(0, 0, 1);
 
   for (int64_t step = 0; step < p.T; ++step) {
     const int64_t t = time_of(p, step), turn = step * TURNS;
     Inputs<C> first;
     if (int(threadIdx.x) < places) {
       const Place at = block.place(threadIdx.x);
-      first = inputs<E, C>(p, block, at, step, steps[at.row]);
+      first = inputs<C>(p, block, at, step, steps[at.row]);
     }
     block.template prefetch_rows<G>(p.x, p.dtype, t, steps, BLOCK_THREADS / units);
     block.wait();
 
     const auto inputs_of = [&](int i, const Place& at) {
-      return i == int(threadIdx.x) ? first : inputs<E, C>(p, block, at, step, steps[at.row]);
+      return i == int(threadIdx.x) ? first : inputs<C>(p, block, at, step, steps[at.row]);
     };
     const auto old_of = [&](int i, const Inputs<C>& in) {
       return States{in.reset ? 0.0f : h[i], C == Cell::lstm && !in.reset ? c[i] : 0.0f};
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         block.leave(turn + 1, at.row, at.n, gate(0) * old_of(i, in).h);
         c[i] = gate(1);
       });
-      block.arrive();
+      block.arrive_with(turn + 1, 0, 1);
       block.wait();
       block.multiply(product, turn + 1, product.of_rows(2 * units, 3 * units), [&](int i, const Place& at, auto sum) {
         const Inputs<C> in = inputs_of(i, at);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         finish(i, at, in, old, fresh);
       });
     }
-    if (step + 1 < p.T) block.arrive();
+    if (step + 1 < p.T) block.arrive_with(turn + TURNS, 0, 1);
   }
   __syncthreads();
   block.each_place([&](int i, const Place& at) {
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 using namespace RECATTN_ISA;
 
 void gated_forward(const GatedForward& p, cudaStream_t stream) {
-  by_kernel(p, [&]<class E, Cell C, bool NORMED>() {
-    launch_gated(forward_kernel<E, C, NORMED>, p, layout_of<E, C, NORMED>(p), stream, "gated: the forward kernel");
+  by_kernel(p, [&]<class E, Cell C, bool NORMED, Exchange X>() {
+    launch_gated(forward_kernel<E, C, NORMED, X>, p, layout_of<E, C, NORMED>(p), stream, "gated: the forward kernel");
   });
 }
 

@@ -38,10 +38,10 @@ struct Moments {
 
 // One table of a row's numbers for each row of the block, `stride` apart: `gates` times the block's units, of which the
 // last may be past H. To be called by all threads, after a __syncthreads.
-template <class E>
+template <class Block>
 class Norm {
  public:
-  __device__ Norm(const Block<E>& block, int stride)
+  __device__ Norm(const Block& block, int stride)
       : block_(block), units_(block.plan().units), own_(block.units_of(block.slice())), stride_(stride) {}
 
   // Of each row, for combine_moments().
@@ -126,7 +126,7 @@ class Norm {
     }
   }
 
-  const Block<E>& block_;
+  const Block& block_;
   const int units_, own_, stride_;
 };
 

@@ -1,5 +1,6 @@
 // The product of a persistent kernel, sum (rows, batch) = weights (rows, inner) states (inner, batch), in one block:
-// weights stay in shared memory over all time, states come from the other blocks through the second-level cache.
+// weights stay in shared memory over all time, states come from the other blocks, through the second-level cache or,
+// in a cluster, through shared memory.
 //
 // Each warp takes some segments of the inner dimension and adds up every result over them; the warps' parts are added
 // where they are used. A row of a segment is 64 bytes, 16 in each of four lanes, of the weights as of the states: two
@@ -149,13 +150,15 @@ constexpr int ROW_STATISTICS = 3;  // pairs of a row, in a kernel that normalise
 struct Layout {
   int row_tiles, columns;  // columns: of a chunk of the batch, at most BATCH
   int segments, row_stride, met;
-  int64_t parts, stage, h, c, bias, lengths, table, statistics, bytes;
+  int64_t row_bytes;  // of a row of states
+  int64_t parts, stage, h, c, bias, lengths, table, statistics, exchange, bytes;
 
   RECATTN_FN Layout(const GatedPlan& plan, const Needs& needs)
       : row_tiles(int(ceil_div(needs.rows, ROW_TILE))),
         segments(int(ceil_div(needs.inner * needs.element, SEGMENT))), met(needs.met) {
     columns = plan.rows < BATCH ? plan.rows : BATCH;
     row_stride = row_tiles * ROW_TILE + 4;  // four columns of eight rows, as a warp writes them, are in 32 banks
+    row_bytes = int64_t(segments | 1) * SEGMENT;  // two rows of a segment, as eight lanes read them, are in 32 banks
     parts = int64_t(row_tiles) * ROW_TILE * segments * SEGMENT;
     stage = parts + int64_t(WARPS) * columns * row_stride * 4;
     h = stage + int64_t(WARPS) * needs.stage;
@@ -164,8 +167,12 @@ struct Layout {
     lengths = bias + ceil_div(needs.biases, 4) * 16;
     table = lengths + int64_t(plan.rows) * 4;
     statistics = table + int64_t(plan.rows) * needs.table * 4;
-    bytes = statistics + (needs.table > 0 ? int64_t(plan.rows) * ROW_STATISTICS * 8 : 0);
+    exchange = statistics + (needs.table > 0 ? int64_t(plan.rows) * ROW_STATISTICS * 8 : 0);
+    bytes = exchange + (plan.cluster ? group_bytes(plan) : 0);
   }
+
+  // Of the states that the blocks of a group exchange, at two turns.
+  RECATTN_FN int64_t group_bytes(const GatedPlan& plan) const { return 2 * plan.rows * row_bytes; }
 };
 
 // Some of a product: tiles of the weights' rows, and segments of the inner dimension. Without a segment it is 0.
@@ -239,11 +246,12 @@ class Product {
     return {0, layout_.row_tiles, segment, int(ceil_div(end, ELEMENTS)) - segment};
   }
 
-  // Of the rows of states from `states` on, each layout.segments long. To be followed by a __syncthreads.
+  // Of the rows of states from `states` on, layout.row_bytes apart, in global memory or the block's own. To be followed
+  // by a __syncthreads.
+  template <bool OWN>
   __device__ void run(const char* states, int column_tiles, const Part& part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
-    const int64_t row_bytes = int64_t(layout_.segments) * SEGMENT;
-    const char* lane_states = states + row * row_bytes + column * 16;
+    const char* lane_states = states + row * layout_.row_bytes + column * 16;
     const uint4* weights = weights_ + int64_t(part.tile) * layout_.segments * 64;
     const int end = part.segment + part.segments;
     float sum[ROW_TILES][COLUMN_TILES][4] = {};
@@ -255,7 +263,8 @@ class Product {
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; ++n) {
           if (segment < end && n < column_tiles) {
-            ahead[i][n] = load_exchanged(lane_states + n * COLUMN_TILE * row_bytes + segment * SEGMENT);
+            const char* from = lane_states + n * COLUMN_TILE * layout_.row_bytes + segment * SEGMENT;
+            ahead[i][n] = OWN ? *reinterpret_cast<const uint4*>(from) : load_exchanged(from);
           }
         }
       }

@@ -58,7 +58,8 @@ enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_before };
 // from slice * units on and, of each pass over slices * groups blocks, the rows from group * rows on.
 struct GatedPlan {
   int units, rows, slices, groups;  // rows: a multiple of 8
-  int64_t shared, workspace;        // bytes of a block's shared memory, and of all that the blocks exchange
+  int64_t shared, workspace;        // bytes of a block's shared memory, and of all that the blocks have in global memory
+  bool cluster;                     // whether the slices of a group are a thread-block cluster
 };
 
 struct Mask {
@@ -80,7 +81,7 @@ struct Gated {
   float zoneout_h, zoneout_c;  // the rates, 0 for none
   Mask keep_h, keep_c;         // (T, B, H)
   GatedPlan plan;
-  void* workspace;    // what is exchanged between blocks, and last a counter of each group
+  void* workspace;    // what is exchanged between blocks, and last, without clusters, a counter of each group
   int64_t first_row;  // of the pass
 };
 

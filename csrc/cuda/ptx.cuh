@@ -42,6 +42,23 @@ __device__ inline unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
+// Where a block of the cluster has what this one has there in its shared memory, and the barrier of a cluster: whoever
+// has waited sees what all threads of all its blocks have written before they arrived. A thread waits for each arrival
+// before it arrives again. Where there are no clusters the plan has none.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline char* of_cluster(char* own, int rank) {
+  uint64_t other;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(rank));
+  return reinterpret_cast<char*>(other);
+}
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+#else
+__device__ inline char* of_cluster(char*, int) { __trap(); }
+__device__ inline void cluster_arrive() { __trap(); }
+__device__ inline void cluster_wait() { __trap(); }
+#endif
+
 // sum (16 x 8) += A (16 x K) B (K x 8) by a warp, K being 32 bytes. With row = lane / 4 and column = lane % 4 a lane
 // has of A the words (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4), of B's columns the
 // words (row, column), (row, column + 4), and of the sum (row, 2 column), (row, 2 column + 1), and those of row + 8.

@@ -1,9 +1,10 @@
 // Runs CUDA kernels on a CPU, for tests: with this folder before the others on the include path a C++ compiler takes
 // csrc/cuda/*.cu and bindings_*.cpp as they are. Every thread of a block is a context of its own, and they take turns
 // in a random order wherever one waits, so that a kernel that leaves out a barrier computes nonsense sooner or later.
-// Blocks of a cooperative launch take part in this, in some launches with some as far ahead of others as barriers let
-// them; others come one after the other, in a random order. Shared memory begins as NaN and ends where the launch says,
-// with a page that must not be touched behind it.
+// Blocks of a cooperative launch and those of a cluster take part in this, in some launches with some as far ahead of
+// others as barriers let them; others, and clusters, come one after the other, in a random order. Shared memory begins
+// as NaN and ends where the launch says, with a page that must not be touched behind it; nobody may write to it before
+// its block has begun or after it has ended.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,6 +20,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,13 +47,21 @@ struct float4 {
 
 namespace emulation {
 
-constexpr size_t STACK = 1 << 16;
+constexpr size_t STACK = 1 << 16, PAGE = 4096;
 
 struct Thread;
 
 // Threads that wait for each other.
 struct Barrier {
   size_t size = 0;
+  std::vector<Thread*> waiting;
+};
+
+// Blocks that reach each other's shared memory. Their barrier is passed in two steps.
+struct Cluster {
+  size_t threads = 0, arrived = 0;
+  long phase = 0;  // how often all have arrived
+  std::vector<struct Block*> blocks;
   std::vector<Thread*> waiting;
 };
 
@@ -64,20 +74,25 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   long last_true = 0;  // of the votes, counted from 1, the last that somebody was for
+  Cluster* cluster = nullptr;
+  size_t running;  // threads that have not ended
+  bool begun = false;
   char *mapping = nullptr, *shared = nullptr;
   size_t mapped = 0;
 
-  Block(unsigned threads, size_t bytes) : warps((threads + 31) / 32) {
+  Block(unsigned threads, size_t bytes) : warps((threads + 31) / 32), running(threads) {
     barrier.size = threads;
     for (Warp& warp : warps) warp.barrier.size = 32;
-    const size_t page = 4096, payload = (bytes + page - 1) / page * page;
-    mapped = payload + page;
+    const size_t payload = (bytes + PAGE - 1) / PAGE * PAGE;
+    mapped = payload + PAGE;
     mapping = static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (mapping == MAP_FAILED) throw std::bad_alloc();
-    mprotect(mapping + payload, page, PROT_NONE);
+    mprotect(mapping + payload, PAGE, PROT_NONE);
     shared = mapping + payload - (bytes + 15) / 16 * 16;
-    memset(mapping, 0xff, payload);
+    clear();
   }
+  void clear() { memset(mapping, 0xff, mapped - PAGE); }
+  bool is_clear() const { return std::all_of(mapping, mapping + mapped - PAGE, [](char c) { return c == char(0xff); }); }
   Block(const Block&) = delete;
   ~Block() { munmap(mapping, mapped); }
 };
@@ -94,7 +109,7 @@ struct Thread {
   Block* block;
   unsigned block_index, index;
   long seen = -1;  // how many releases there had been when it last looked
-  long votes = 0;
+  long votes = 0, arrivals = 0, waits = 0;  // the last two: at the barrier of the cluster
   std::deque<std::vector<Copy>> copies;  // in groups, the last of which is not yet complete
 };
 
@@ -118,6 +133,28 @@ inline void wait(Barrier& barrier) {
   yield();
 }
 
+inline void cluster_arrive() {
+  Cluster* cluster = current->block->cluster;
+  if (cluster == nullptr || current->arrivals++ != current->waits) {
+    broken = "an arrival outside of a cluster, or before the last was waited for";
+    return;
+  }
+  if (++cluster->arrived < cluster->threads) return;
+  cluster->arrived = 0;
+  ++cluster->phase;
+  resume(cluster->waiting);
+}
+inline void cluster_wait() {
+  Cluster* cluster = current->block->cluster;
+  if (cluster == nullptr || ++current->waits != current->arrivals) {
+    broken = "a wait at a cluster's barrier without an arrival";
+    return;
+  }
+  if (cluster->phase >= current->waits) return;
+  cluster->waiting.push_back(current);
+  yield();
+}
+
 // What a thread that looks again and again waits for.
 inline void release() {
   ++releases;
@@ -132,7 +169,11 @@ inline void look() {
 }
 
 inline void enter() {
+  Block& block = *current->block;
+  if (!std::exchange(block.begun, true) && !block.is_clear()) broken = "shared memory is written before its block begins";
   body();
+  if (current->arrivals != current->waits) broken = "a thread ends between arrival and wait";
+  if (--block.running == 0) block.clear();
   yield();
 }
 
@@ -156,13 +197,19 @@ namespace emulation {
 
 inline std::mt19937 random(0);
 
-// `blocks` blocks, from number `first` on, at the same time.
-inline void run(unsigned first, unsigned blocks, dim3 grid, dim3 block, size_t shared) {
+// `blocks` blocks, from number `first` on, at the same time, as a cluster or as what a grid has.
+inline void run(unsigned first, unsigned blocks, dim3 grid, dim3 block, size_t shared, bool clustered = false) {
   const unsigned threads = block.size();
+  Cluster cluster;
+  cluster.threads = size_t(blocks) * threads;
   std::vector<std::unique_ptr<Block>> memory;
   std::vector<Thread> all(size_t(blocks) * threads);
   std::unique_ptr<char[]> stacks(new char[all.size() * STACK]);
-  for (unsigned b = 0; b < blocks; ++b) memory.push_back(std::make_unique<Block>(threads, shared));
+  for (unsigned b = 0; b < blocks; ++b) {
+    memory.push_back(std::make_unique<Block>(threads, shared));
+    cluster.blocks.push_back(memory.back().get());
+    if (clustered) memory.back()->cluster = &cluster;
+  }
   ready.clear();
   spinning.clear();
   for (size_t i = 0; i < all.size(); ++i) {
@@ -197,8 +244,10 @@ inline void run(unsigned first, unsigned blocks, dim3 grid, dim3 block, size_t s
     return !block->barrier.waiting.empty() ||
            std::any_of(block->warps.begin(), block->warps.end(), [](Warp& w) { return !w.barrier.waiting.empty(); });
   };
-  if (!spinning.empty() || std::any_of(memory.begin(), memory.end(), stuck)) {
+  if (!spinning.empty() || !cluster.waiting.empty() || std::any_of(memory.begin(), memory.end(), stuck)) {
     broken = "threads wait for what never comes";
+  } else if (!std::all_of(memory.begin(), memory.end(), [](const auto& block) { return block->is_clear(); })) {
+    broken = "shared memory is written after its block has ended";
   }
   if (const char* what = std::exchange(broken, nullptr)) throw std::runtime_error(std::string("emulation: ") + what);
 }
@@ -206,7 +255,7 @@ inline void run(unsigned first, unsigned blocks, dim3 grid, dim3 block, size_t s
 }  // namespace emulation
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 using cudaStream_t = struct Stream*;
 
@@ -215,7 +264,10 @@ namespace emulation {
 // Bytes that a block may have: once its kernel has been allowed as many, and without that.
 constexpr int SHARED = 232448, SHARED_UNASKED = 48 << 10;
 constexpr int MULTIPROCESSORS = 1;
+// Blocks that a cluster may have: on every GPU that has clusters, and where a kernel has been allowed more.
+constexpr unsigned CLUSTER_PORTABLE = 8, CLUSTER = 16;
 inline std::map<const void*, size_t> allowed;
+inline std::set<const void*> not_portable;
 inline cudaError_t last = cudaSuccess;
 
 inline cudaError_t fail_unless(bool good) {
@@ -235,9 +287,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::MULTIPROCESSORS : emulation::SHARED;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  emulation::allowed[kernel] = size_t(bytes);
-  return emulation::fail_unless(bytes >= 0 && bytes <= emulation::SHARED);
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    emulation::not_portable.insert(kernel);
+    return emulation::fail_unless(value == 1);
+  }
+  emulation::allowed[kernel] = size_t(value);
+  return emulation::fail_unless(value >= 0 && value <= emulation::SHARED);
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   memset(to, value, bytes);
@@ -274,10 +330,43 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   return cudaSuccess;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim{}, blockDim{};
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// With one attribute.
 template <class... P>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared,
-                                        cudaStream_t) {
-  const cudaError_t error = emulation::prepare(kernel, grid, block, arguments, shared);
-  if (error == cudaSuccess) emulation::run(0, grid.size(), grid, block, shared);
-  return error;
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), P... arguments) {
+  void* pointers[] = {&arguments...};
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const size_t shared = config->dynamicSmemBytes;
+  const cudaError_t error = emulation::prepare(kernel, grid, block, pointers, shared);
+  if (error != cudaSuccess || config->numAttrs != 1) return emulation::fail_unless(false);
+  if (config->attrs->id == cudaLaunchAttributeCooperative) {
+    emulation::run(0, grid.size(), grid, block, shared);
+    return cudaSuccess;
+  }
+  const auto [x, y, z] = config->attrs->val.clusterDim;
+  const bool any = emulation::not_portable.count(reinterpret_cast<const void*>(kernel)) > 0;
+  const unsigned most = any ? emulation::CLUSTER : emulation::CLUSTER_PORTABLE;
+  if (x == 0 || x > most || y != 1 || z != 1 || grid.x % x != 0) return emulation::fail_unless(false);
+  std::vector<unsigned> order(grid.size() / x);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), emulation::random);
+  for (unsigned cluster : order) emulation::run(cluster * x, x, grid, block, shared, true);
+  return cudaSuccess;
 }

@@ -1,9 +1,12 @@
 """How the persistent CUDA kernels of rnn, lstm and gru are laid out on a GPU, or why they cannot be.
 
-All blocks of a launch run at once, one on a multiprocessor at most, and wait for each other in every step, once or more
-(Problem.meetings). A block has `units` of the H hidden units and `rows` of the batch. As many blocks as there are
-`slices` cover H together, and exchange what they compute; each group of them has rows of its own and knows nothing of
-the others. A batch that needs more groups than fit is taken in several passes.
+A block has `units` of the H hidden units and `rows` of the batch. As many blocks as there are `slices` cover H
+together, exchange what they compute, and wait for each other in every step, once or more (Problem.meetings); each group
+of them has rows of its own and knows nothing of the others. There are two forms of it:
+- across the grid: the exchange is in global memory. All blocks of a launch run at once, one on a multiprocessor at
+  most, and a batch that needs more groups than fit is taken in several passes.
+- in clusters, from compute capability 9.0 on: a group is a thread-block cluster, of which each block has an exchange of
+  its own in shared memory. One pass takes any batch, as clusters need not run at once.
 
 Forward, a block's weights are the rows of W_hh of its units, of all gates; backward, the columns.
 """
@@ -27,6 +30,10 @@ STATISTICS = 3 * PAIR  # bytes of a row that is
 THREADS = 32 * WARPS
 BATCH = COLUMN_TILE * COLUMN_TILES
 ROWS = 256  # of the batch in a block at most
+
+# Clusters lie within a GPC, of which Hopper and Blackwell have 8 at most, with 16 or 18 multiprocessors as a rule.
+GPC, GPCS = 16, 8  # multiprocessors that are counted on in one, and the most that there are
+PORTABLE, LARGEST = 8, 16  # blocks of a cluster: where there are clusters at all, and where a GPC allows it
 
 
 class Problem(NamedTuple):
@@ -82,7 +89,9 @@ class Plan(NamedTuple):
     slices: int
     groups: int
     shared: int  # bytes of a block
-    workspace: int  # bytes of global memory: what is multiplied, twice, what rows are normalised by, groups' counters
+    # Bytes of global memory: what rows are normalised by and, across the grid, what is multiplied and groups' counters.
+    workspace: int
+    cluster: bool = False  # whether a group is one
 
     @property
     def blocks(self) -> int:
@@ -96,9 +105,32 @@ def ceil_div(n: int, by: int) -> int:
     return -(-n // by)
 
 
-def shared_bytes(problem: Problem, units: int, rows: int) -> int:
-    """As Layout of csrc/cuda/gated_product.cuh has it: weights, parts of sums, stages, states, biases, lengths, and
-    what is normalised."""
+def cluster_limit(gpu: Gpu) -> int:
+    """How many blocks a cluster may have, 0 where there are none.
+
+    More than 8 are not portable. They are taken where some GPC must have 16 multiprocessors, which come in pairs: where
+    there are more than 14 for each. That holds for whole GPUs and for few parts of one, and no launch is refused."""
+    if gpu.capability < (9, 0):
+        return 0
+    return LARGEST if gpu.capability[0] in (9, 10) and gpu.multiprocessors > GPCS * (GPC - 2) else PORTABLE
+
+
+def rounds(plan: Plan, B: int, gpu: Gpu) -> int:
+    """How often all multiprocessors take their share of the groups, one after the other."""
+    if not plan.cluster:
+        return plan.passes(B)
+    at_once = max(gpu.multiprocessors // GPC, 1) * (GPC // plan.slices)
+    return ceil_div(plan.groups, at_once)
+
+
+def exchange_bytes(problem: Problem, rows: int) -> int:
+    """Of a group, at two turns. A row is an odd number of segments long, for the sake of banks of shared memory."""
+    return 2 * rows * (problem.segments | 1) * SEGMENT
+
+
+def shared_bytes(problem: Problem, units: int, rows: int, cluster: bool) -> int:
+    """As Layout of csrc/cuda/gated_product.cuh has it: weights, parts of sums, stages, states, biases, lengths, what is
+    normalised, and in a cluster the exchange."""
     weight_rows = ceil_div(problem.weight_rows(units), ROW_TILE) * ROW_TILE
     weights = weight_rows * problem.segments * SEGMENT
     parts = WARPS * min(rows, BATCH) * (weight_rows + 4) * 4
@@ -108,14 +140,17 @@ def shared_bytes(problem: Problem, units: int, rows: int) -> int:
     if problem.normed:
         biases += (problem.gates + 2 * (problem.norms - 1)) * units
         table = (2 if problem.backward else 1) * problem.gates * units * rows * 4 + rows * STATISTICS
-    return weights + parts + stages + problem.states * rows * units * 4 + ceil_div(biases, 4) * 16 + rows * 4 + table
+    exchange = exchange_bytes(problem, rows) if cluster else 0
+    states = problem.states * rows * units * 4
+    return weights + parts + stages + states + ceil_div(biases, 4) * 16 + rows * 4 + table + exchange
 
 
-def laid_out(problem: Problem, units: int, rows: int, groups: int) -> Plan:
+def laid_out(problem: Problem, units: int, rows: int, groups: int, cluster: bool = False) -> Plan:
     slices = ceil_div(problem.H, units)
-    pairs = problem.pairs * ceil_div(slices, 2) * 2 * PAIR
-    workspace = groups * (rows * (2 * problem.segments * SEGMENT + pairs) + COUNTER)
-    return Plan(units, rows, slices, groups, shared_bytes(problem, units, rows), workspace)
+    workspace = groups * rows * problem.pairs * ceil_div(slices, 2) * 2 * PAIR
+    if not cluster:
+        workspace += groups * (exchange_bytes(problem, rows) + COUNTER)
+    return Plan(units, rows, slices, groups, shared_bytes(problem, units, rows, cluster), workspace, cluster)
 
 
 def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
@@ -127,23 +162,34 @@ def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
         units = ceil_div(problem.H, slices)
         slices = ceil_div(problem.H, units)
         for rows in range(COLUMN_TILE, min(ROWS, ceil_div(B, COLUMN_TILE) * COLUMN_TILE) + 1, COLUMN_TILE):
-            plan = laid_out(problem, units, rows, min(gpu.multiprocessors // slices, ceil_div(B, rows)))
-            if plan.shared > gpu.shared:
+            groups = ceil_div(B, rows)
+            plans = [laid_out(problem, units, rows, min(gpu.multiprocessors // slices, groups))]
+            if slices <= cluster_limit(gpu):
+                plans.append(laid_out(problem, units, rows, groups, cluster=True))
+            fitting = [plan for plan in plans if plan.shared <= gpu.shared]
+            if not fitting:
                 break
-            yield plan
+            yield from fitting
 
 
 def step_cycles(problem: Problem, plan: Plan) -> float:
     """About what a step takes: an estimate by the hardware's rates, as nothing has run on a GPU."""
     row_tiles = ceil_div(problem.weight_rows(plan.units), ROW_TILE)
     chunks, column_tiles = ceil_div(plan.rows, BATCH), plan.rows // COLUMN_TILE
-    meeting = problem.meetings * (2000 + 10 * plan.slices)
     norms = problem.norms * ceil_div(plan.rows, WARPS) * 500
-    states = plan.rows * problem.segments * SEGMENT / 40  # bytes a cycle from the second-level cache
-    weights = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT / 128
+    states = plan.rows * problem.segments * SEGMENT
+    read = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT  # from shared memory, 128 bytes a cycle
+    if plan.cluster:
+        # From one multiprocessor to another 180 cycles, and 3 TB/s or a little less of all together: Luo et al. 2024,
+        # "Benchmarking and dissecting the Nvidia Hopper GPU architecture". A barrier is two such ways after what was
+        # sent has gone one, and first waits until what the block wrote to global memory is in the second-level cache.
+        exchange = problem.meetings * (3 * 180 + 260) + states * (plan.slices - 1) / plan.slices / 12
+        read += states
+    else:
+        exchange = problem.meetings * (2000 + 10 * plan.slices) + states / 40  # a cycle from the second-level cache
     products = row_tiles * column_tiles * problem.segments * (16 if problem.exact else 4)
     cells = chunks * (200 + 300 * ceil_div(min(plan.rows, BATCH) * plan.units, THREADS))
-    return meeting + norms + states + max(weights, products) + cells
+    return exchange + norms + max(read / 128, products) + cells
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,7 +197,7 @@ def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
     """The plan with the least estimated time, or the reason why there is none: that does not depend on B."""
     plans = list(candidates(problem, max(B, 1), gpu))
     if plans:
-        return min(plans, key=lambda plan: (plan.passes(B) * step_cycles(problem, plan), plan.blocks))
+        return min(plans, key=lambda plan: (rounds(plan, B, gpu) * step_cycles(problem, plan), plan.blocks))
     return (
         f"{problem}, does not fit in the shared memory of {gpu.multiprocessors} multiprocessors,"
         f" {gpu.shared} bytes each, {ROW_TILE * ROW_TILES} rows of weights at most"

@@ -35,6 +35,17 @@ inline unsigned load_acquire(const unsigned* counter) {
   return *counter;
 }
 
+inline char* of_cluster(char* own, int rank) {
+  const emulation::Block& block = *emulation::current->block;
+  if (block.cluster == nullptr || size_t(rank) >= block.cluster->blocks.size()) {
+    emulation::broken = "an address in a block that the cluster has not";
+    return own;
+  }
+  return block.cluster->blocks[size_t(rank)]->shared + (own - block.shared);
+}
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+
 // value(word, i): the i-th of the N numbers in a word.
 template <int N, float (*VALUE)(uint32_t, int)>
 void mma(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
