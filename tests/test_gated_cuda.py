@@ -200,6 +200,25 @@ def test_tf32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < worst < fewer
 
 
+def test_kernels_compiled_without_clusters(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from the PTX of an older architecture: on a GPU that has clusters no plan has them."""
+    seen = []
+
+    def launch(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        plans = list(launch_plan.candidates(problem, B, gpu))
+        seen.append(any(plan.cluster for plan in plans))
+        return plans[0]
+
+    monkeypatch.setattr(launch_plan, "launch_plan", launch)
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: CLUSTERS)
+    x, weight_hh = torch.zeros(2, 1, 8), torch.zeros(8, 8)
+    for compiled in (True, False):
+        monkeypatch.setattr(emulated, "gated_clusters", lambda compiled=compiled: compiled)
+        seen.clear()
+        registry.find("rnn").function(x, weight_hh, backend="cuda")
+        assert seen[-1] == compiled
+
+
 def test_a_launch_without_a_plan_names_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under torch.compile, which does not ask before."""
     monkeypatch.setattr(launch_plan, "refusal", lambda *args: None)

@@ -45,6 +45,8 @@ P gated(const GatedCommon& common) {
 }  // namespace
 
 void bind_gated(py::module_& m) {
+  m.def("gated_clusters", &gated_clusters);
+
   m.def("gated_forward", [](const GatedCommon& common, uintptr_t stream, Typed bias_hh, Typed h0, Typed c0, Strided x,
                             Strided output, Typed h_n, Typed c_n, Kept kept) {
     auto p = gated<GatedForward>(common);

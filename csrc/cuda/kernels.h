@@ -110,6 +110,8 @@ struct GatedBackward : Gated {
 
 void gated_forward(const GatedForward& p, cudaStream_t stream);
 void gated_backward(const GatedBackward& p, cudaStream_t stream);
+// Whether what the current device runs was compiled with clusters: from an older architecture's PTX it was not.
+bool gated_clusters();
 
 void indrnn_forward(const IndrnnForward& p, cudaStream_t stream);
 void indrnn_backward(const IndrnnBackward& p, cudaStream_t stream);

@@ -295,6 +295,13 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
   emulation::allowed[kernel] = size_t(value);
   return emulation::fail_unless(value >= 0 && value <= emulation::SHARED);
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
+  found->ptxVersion = 90;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   memset(to, value, bytes);
   return cudaSuccess;

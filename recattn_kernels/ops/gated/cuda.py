@@ -1,9 +1,10 @@
 """rnn, lstm and gru on an NVIDIA GPU, in one launch a direction: hands pointers and strides to csrc/cuda/gated_*.cu.
 
-weight_hh stays in shared memory over all steps, and blocks exchange states through the second-level cache, as they do
-what rows are normalised by: each mean over a row is one more wait for all blocks in a step, and so is the second
-product of reset_after=False. The products are taken in weight_hh's type and summed in float32. The kernels have been
-run on a CPU, in emulation, and not yet on a GPU: nothing is known of their speed.
+weight_hh stays in shared memory over all steps. Blocks exchange states through the second-level cache or, where they
+are a thread-block cluster, through each other's shared memory; what rows are normalised by goes through the cache. Each
+mean over a row is one more wait for all blocks in a step, and so is the second product of reset_after=False. The
+products are taken in weight_hh's type and summed in float32. The kernels have been run on a CPU, in emulation, and not
+yet on a GPU: nothing is known of their speed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ def backward(grads: Sequence[Tensor | None], call: Call, kept: Kept, needs_weigh
 def _common(call: Call, backward: bool) -> tuple[list[Tensor | None], tuple[Any, ...], launch_plan.Plan]:
     """Tensors that have to live as long as their pointers, the arguments that both directions take, and the plan."""
     problem, time = problem_of(call)._replace(backward=backward), call.time
-    plan = launch_plan.launch_plan(problem, call.sizes[1], gpu.gpu_of(call.x.device))
+    on = gpu.gpu_of(call.x.device)
+    with gpu.guard(call.x):
+        if launch_plan.cluster_limit(on) > 0 and not gpu.cuda().gated_clusters():
+            on = on._replace(capability=(8, 0))
+    plan = launch_plan.launch_plan(problem, call.sizes[1], on)
     if isinstance(plan, str):
         raise backends.BackendUnavailableError(f"{call.op}: backend 'cuda' cannot run this call: {plan}")
     workspace = call.x.new_empty(plan.workspace, dtype=torch.uint8)
