@@ -143,6 +143,19 @@ def test_every_cluster(op: str, H: int, units: int, monkeypatch: pytest.MonkeyPa
             judge(conformance.compare(registry.find(op), sample, "cuda", dtype))
 
 
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_more_rows_of_weights_than_a_warp_holds(op: str, cluster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(problem: launch_plan.Problem, B: int, gpu: launch_plan.Gpu) -> launch_plan.Plan | str:
+        return launch_plan.laid_out(
+            problem, launch_plan.UNITS, rows=8, groups=launch_plan.ceil_div(B, 8), cluster=cluster
+        )
+
+    monkeypatch.setattr(launch_plan, "launch_plan", launch)
+    for sample in variants(op, 2, 11, 70):
+        judge(conformance.compare(registry.find(op), sample, "cuda", torch.float32))
+
+
 def test_more_slices_than_a_warp_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what rows are normalised by. An odd number of slices."""
 

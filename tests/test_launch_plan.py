@@ -41,9 +41,8 @@ def check(problem: Problem, B: int, gpu: Gpu, plan: Plan) -> None:
         assert gpu.capability >= (9, 0) and 1 <= plan.slices <= launch_plan.cluster_limit(gpu) and plan.passes(B) == 1
     else:
         assert 1 <= plan.blocks <= gpu.multiprocessors
-    # A warp holds all results of a block's weights.
     weight_rows = problem.weight_rows(plan.units)
-    assert weight_rows <= launch_plan.ROW_TILE * launch_plan.ROW_TILES
+    assert plan.units <= launch_plan.UNITS
     # Besides its weights, whole, a block has at least the state of each of its units, and what it normalises.
     columns = problem.gates * plan.units
     weights = weight_rows * problem.inner * problem.element

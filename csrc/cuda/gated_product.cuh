@@ -250,6 +250,24 @@ class Product {
   // by a __syncthreads.
   template <bool OWN>
   __device__ void run(const char* states, int column_tiles, const Part& part) {
+    for (int tile = 0; tile < part.tiles; tile += ROW_TILES) {
+      const int tiles = part.tiles - tile < ROW_TILES ? part.tiles - tile : ROW_TILES;
+      run_tiles<OWN>(states, column_tiles, {part.tile + tile, tiles, part.segment, part.segments});
+    }
+  }
+
+  // Of one of the part's rows.
+  __device__ float sum(int row, int column, const Part& part) const {
+    const int warps = part.segments < WARPS ? part.segments : WARPS;
+    float total = 0.0f;
+    for (int warp = 0; warp < warps; ++warp) total += part_of(warp, column)[row];
+    return total;
+  }
+
+ private:
+  // Of as many tiles as a warp has room for.
+  template <bool OWN>
+  __device__ void run_tiles(const char* states, int column_tiles, const Part& part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
     const char* lane_states = states + row * layout_.row_bytes + column * 16;
     const uint4* weights = weights_ + int64_t(part.tile) * layout_.segments * 64;
@@ -292,15 +310,6 @@ class Product {
     }
   }
 
-  // Of one of the part's rows.
-  __device__ float sum(int row, int column, const Part& part) const {
-    const int warps = part.segments < WARPS ? part.segments : WARPS;
-    float total = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) total += part_of(warp, column)[row];
-    return total;
-  }
-
- private:
   __device__ float* part_of(int warp, int column) const {
     return parts_ + (warp * layout_.columns + column) * layout_.row_stride;
   }

@@ -21,7 +21,7 @@ from recattn_kernels.ops.gpu import Gpu
 
 # As csrc/cuda/gated_product.cuh has them; the launcher refuses a plan that counts other bytes than it does.
 WARPS = 8
-ROW_TILE, ROW_TILES = 16, 4  # weights' rows of a matrix instruction, and tiles of them that a warp holds
+ROW_TILE, ROW_TILES = 16, 4  # weights' rows of a matrix instruction, and tiles of them that a warp holds at once
 COLUMN_TILE, COLUMN_TILES = 8, 4  # the same of the batch
 SEGMENT = 64  # bytes of the inner dimension that a warp takes at a time
 COUNTER = 128  # bytes of a group's counter
@@ -30,6 +30,7 @@ STATISTICS = 3 * PAIR  # bytes of a row that is
 THREADS = 32 * WARPS
 BATCH = COLUMN_TILE * COLUMN_TILES
 ROWS = 256  # of the batch in a block at most
+UNITS = ROW_TILE * ROW_TILES  # in a block at most: backward, a warp holds all their sums
 
 # Clusters lie within a GPC, of which Hopper and Blackwell have 8 at most, with 16 or 18 multiprocessors as a rule.
 GPC, GPCS = 16, 8  # multiprocessors that are counted on in one, and the most that there are
@@ -154,13 +155,12 @@ def laid_out(problem: Problem, units: int, rows: int, groups: int, cluster: bool
 
 
 def candidates(problem: Problem, B: int, gpu: Gpu) -> Iterator[Plan]:
-    for row_tiles in range(1, ROW_TILES + 1):
-        most = row_tiles * ROW_TILE // problem.weight_rows(1)
-        slices = ceil_div(problem.H, most)
+    row_tiles = range(1, problem.weight_rows(UNITS) // ROW_TILE + 1)
+    fewest = {ceil_div(problem.H, tiles * ROW_TILE // problem.weight_rows(1)) for tiles in row_tiles}
+    for units in sorted({ceil_div(problem.H, slices) for slices in fewest}):
+        slices = ceil_div(problem.H, units)
         if slices > gpu.multiprocessors:
             continue
-        units = ceil_div(problem.H, slices)
-        slices = ceil_div(problem.H, units)
         for rows in range(COLUMN_TILE, min(ROWS, ceil_div(B, COLUMN_TILE) * COLUMN_TILE) + 1, COLUMN_TILE):
             groups = ceil_div(B, rows)
             plans = [laid_out(problem, units, rows, min(gpu.multiprocessors // slices, groups))]
@@ -178,18 +178,20 @@ def step_cycles(problem: Problem, plan: Plan) -> float:
     chunks, column_tiles = ceil_div(plan.rows, BATCH), plan.rows // COLUMN_TILE
     norms = problem.norms * ceil_div(plan.rows, WARPS) * 500
     states = plan.rows * problem.segments * SEGMENT
-    read = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT  # from shared memory, 128 bytes a cycle
+    states_read = states * ceil_div(row_tiles, ROW_TILES)
+    read = chunks * row_tiles * problem.segments * ROW_TILE * SEGMENT  # of shared memory
     if plan.cluster:
         # From one multiprocessor to another 180 cycles, and 3 TB/s or a little less of all together: Luo et al. 2024,
         # "Benchmarking and dissecting the Nvidia Hopper GPU architecture". A barrier is two such ways after what was
         # sent has gone one, and first waits until what the block wrote to global memory is in the second-level cache.
         exchange = problem.meetings * (3 * 180 + 260) + states * (plan.slices - 1) / plan.slices / 12
-        read += states
+        read += states_read
     else:
-        exchange = problem.meetings * (2000 + 10 * plan.slices) + states / 40  # a cycle from the second-level cache
+        # 40 bytes a cycle from the second-level cache
+        exchange = problem.meetings * (2000 + 10 * plan.slices) + states_read / 40
     products = row_tiles * column_tiles * problem.segments * (16 if problem.exact else 4)
     cells = chunks * (200 + 300 * ceil_div(min(plan.rows, BATCH) * plan.units, THREADS))
-    return exchange + norms + max(read / 128, products) + cells
+    return exchange + norms + max(read / 128, products) + cells  # 128 bytes a cycle
 
 
 @functools.lru_cache(maxsize=4096)
@@ -200,7 +202,7 @@ def launch_plan(problem: Problem, B: int, gpu: Gpu) -> Plan | str:
         return min(plans, key=lambda plan: (rounds(plan, B, gpu) * step_cycles(problem, plan), plan.blocks))
     return (
         f"{problem}, does not fit in the shared memory of {gpu.multiprocessors} multiprocessors,"
-        f" {gpu.shared} bytes each, {ROW_TILE * ROW_TILES} rows of weights at most"
+        f" {gpu.shared} bytes each, {UNITS} units each at most"
     )
 
 
