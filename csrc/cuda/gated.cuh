@@ -312,15 +312,14 @@ void launch_gated(void (*kernel)(P, Layout), P p, Layout layout, cudaStream_t st
   int device = 0, most = 0;
   check(cudaGetDevice(&device), what);
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-        what);
+  const void* address = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
   cudaLaunchAttribute form{};
   if (plan.cluster) {
     form.id = cudaLaunchAttributeClusterDimension;
     form.val.clusterDim.x = unsigned(plan.slices);
     form.val.clusterDim.y = form.val.clusterDim.z = 1;
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          what);
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
   } else {
     form.id = cudaLaunchAttributeCooperative;
     form.val.cooperative = 1;

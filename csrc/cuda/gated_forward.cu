@@ -256,7 +256,7 @@ void gated_forward(const GatedForward& p, cudaStream_t stream) {
 bool gated_clusters() {
   cudaFuncAttributes found{};
   const auto kernel = forward_kernel<BFloat16Product, Cell::gru, false, Exchange::in_cluster>;
-  check(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)), "gated: what the kernels were compiled for");
+  check(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)), "gated: the kernels' architecture");
   return found.ptxVersion >= 90;
 }
 

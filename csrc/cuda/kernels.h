@@ -58,7 +58,7 @@ enum class Cell : int { rnn_tanh, rnn_relu, lstm, gru, gru_before };
 // from slice * units on and, of each pass over slices * groups blocks, the rows from group * rows on.
 struct GatedPlan {
   int units, rows, slices, groups;  // rows: a multiple of 8
-  int64_t shared, workspace;        // bytes of a block's shared memory, and of all that the blocks have in global memory
+  int64_t shared, workspace;        // bytes of a block's shared memory, and of all blocks' in global memory
   bool cluster;                     // whether the slices of a group are a thread-block cluster
 };
 

@@ -92,7 +92,9 @@ struct Block {
     clear();
   }
   void clear() { memset(mapping, 0xff, mapped - PAGE); }
-  bool is_clear() const { return std::all_of(mapping, mapping + mapped - PAGE, [](char c) { return c == char(0xff); }); }
+  bool is_clear() const {
+    return std::all_of(mapping, mapping + mapped - PAGE, [](char byte) { return byte == char(0xff); });
+  }
   Block(const Block&) = delete;
   ~Block() { munmap(mapping, mapped); }
 };
@@ -170,7 +172,8 @@ inline void look() {
 
 inline void enter() {
   Block& block = *current->block;
-  if (!std::exchange(block.begun, true) && !block.is_clear()) broken = "shared memory is written before its block begins";
+  const bool first = !std::exchange(block.begun, true);
+  if (first && !block.is_clear()) broken = "shared memory is written before its block begins";
   body();
   if (current->arrivals != current->waits) broken = "a thread ends between arrival and wait";
   if (--block.running == 0) block.clear();

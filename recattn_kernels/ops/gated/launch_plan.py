@@ -32,7 +32,7 @@ BATCH = COLUMN_TILE * COLUMN_TILES
 ROWS = 256  # of the batch in a block at most
 UNITS = ROW_TILE * ROW_TILES  # in a block at most: backward, a warp holds all their sums
 
-# Clusters lie within a GPC, of which Hopper and Blackwell have 8 at most, with 16 or 18 multiprocessors as a rule.
+# A cluster lies within a GPC, of which capabilities 9 and 10 have 8 at most, of 16 or 18 multiprocessors as a rule.
 GPC, GPCS = 16, 8  # multiprocessors that are counted on in one, and the most that there are
 PORTABLE, LARGEST = 8, 16  # blocks of a cluster: where there are clusters at all, and where a GPC allows it
 
