@@ -4,6 +4,7 @@ emulates, do not show."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from recattn_kernels import conformance, registry
+from recattn_kernels.ops import gpu
+from recattn_kernels.ops.gated import launch_plan
 from recattn_kernels.ops.gated.spec import Samples
 from recattn_kernels.spec import Sample, cast, tensors
 
@@ -34,7 +37,19 @@ SIZES = [
     ("rnn", NORMED, torch.float16, (8, 300, 512)),
     ("gru", PLAIN, torch.bfloat16, (16, 64, 1024)),
 ]
-usual = pytest.mark.parametrize(("op", "variant", "dtype", "sizes"), SIZES)
+# What a cluster of a GPU with 132 multiprocessors holds, whether or not the plan would take one.
+CLUSTERED = [
+    ("gru", PLAIN, torch.bfloat16, (64, 50, 512)),
+    ("gru", ORIGINAL, torch.bfloat16, (64, 300, 256)),
+    ("gru", NORMED, torch.float32, (16, 50, 200)),
+    ("lstm", PLAIN, torch.float16, (64, 50, 384)),
+    ("lstm", NORMED, torch.bfloat16, (16, 50, 256)),
+    ("lstm", PLAIN, torch.float32, (16, 50, 256)),
+    ("rnn", PLAIN, torch.bfloat16, (64, 50, 1024)),
+    ("rnn", PLAIN, torch.float32, (64, 300, 384)),
+]
+NAMES = ("op", "variant", "dtype", "sizes")
+usual = pytest.mark.parametrize(NAMES, SIZES)
 
 
 def arguments(
@@ -83,6 +98,25 @@ def test_every_run_gives_the_same_bits(op: str, variant: str, dtype: torch.dtype
         here = call()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, beside, here, strict=True))
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every plan is one of clusters."""
+    if launch_plan.cluster_limit(gpu.gpu_of(torch.device("cuda", 0))) < launch_plan.LARGEST:
+        pytest.skip("this GPU has no clusters of 16 blocks")
+    every = launch_plan.candidates
+    monkeypatch.setattr(launch_plan, "candidates", lambda *args: (plan for plan in every(*args) if plan.cluster))
+    launch_plan.launch_plan.cache_clear()
+    yield
+    launch_plan.launch_plan.cache_clear()
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize(NAMES, CLUSTERED)
+def test_clusters(op: str, variant: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    test_large_sizes_conform(op, variant, dtype, sizes)
+    test_every_run_gives_the_same_bits(op, variant, dtype, sizes)
 
 
 def test_lengths_of_the_host_are_refused_in_a_graph() -> None:
