@@ -47,7 +47,7 @@ class Backward {
   }
 
   void run() {
-    if (p.B > 0) on_threads(threads, [this](int64_t thread, int64_t count) { scan(thread, count); });
+    if (p.B > 0) on_threads(threads, [this](const Member& member) { scan(member); });
     if (by_rows) reduce_sums();
     // With a layer norm, bias_hh is added after it: its gradient is that of the layer norm's bias.
     R* grad_bias = by_rows ? nullptr : static_cast<R*>(p.grad_bias_hh);
@@ -70,7 +70,8 @@ class Backward {
     return {weights, 1, p.H, rows, p.H, memory, tiles};
   }
 
-  void scan(int64_t thread, int64_t count) {
+  void scan(const Member& member) {
+    const int64_t thread = member.thread, count = member.threads;
     Local local = {scratch + thread * local_size, parts + thread * parts_size, {}};
     std::optional<TileUnits> units;
     if (tiles) units.emplace();
@@ -85,26 +86,26 @@ class Backward {
     }
     const int64_t panel0 = part(first.count(), thread, count), panel1 = part(first.count(), thread + 1, count);
     if constexpr (BEFORE) {
-      pack(thread, count, seen, zeros, first, second);
+      pack(member, seen, zeros, first, second);
     } else {
-      pack(thread, count, seen, zeros, first);
+      pack(member, seen, zeros, first);
     }
-    barrier();
+    member.meet();
     const Share share = apart ? Share{b0, b1, 0, first.count()} : Share{0, p.B, panel0, panel1};
     for (int64_t step = 0; step < p.T; ++step) {
       const int64_t t = p.reverse ? step : p.T - 1 - step;
       product<Phase::later>(first, t, share, local);
       if constexpr (BEFORE) {
-        if (!apart) barrier();
+        if (!apart) member.meet();
         product<Phase::reset>(second, t, share, local);
       }
       if (by_rows) {
-        if (!apart) barrier();
+        if (!apart) member.meet();
         for (int64_t b = b0; b < b1; ++b) {
           if (t < steps_of(p, b)) whole_row(t, b, local.memory);
         }
       }
-      if (!apart) barrier();
+      if (!apart) member.meet();
     }
     if (p.grad_h0) product<Phase::start>(first, 0, share, local);
   }

@@ -49,11 +49,12 @@ class Forward {
   }
 
   void run() {
-    on_threads(threads, [this](int64_t thread, int64_t count) { run(thread, count); });
+    on_threads(threads, [this](const Member& member) { run(member); });
   }
 
  private:
-  void run(int64_t thread, int64_t count) {
+  void run(const Member& member) {
+    const int64_t thread = member.thread, count = member.threads;
     Ahead ahead;
     Local local = {scratch + thread * (Workspace::bytes<R>((G + KEPT + 1) * width) / int64_t(sizeof(R))),
                    parts + thread * parts_size, ahead, {}};
@@ -62,11 +63,11 @@ class Forward {
     const int64_t b0 = rows_from(p, thread, count), b1 = rows_from(p, thread + 1, count);
     for (int64_t b = b0; b < b1; ++b) start_row(b);
     if constexpr (BEFORE) {
-      pack(thread, count, seen, zeros, first, second);
+      pack(member, seen, zeros, first, second);
     } else if (!direct) {
-      pack(thread, count, seen, zeros, first);
+      pack(member, seen, zeros, first);
     }
-    barrier();
+    member.meet();
     Share share = {0, p.B, part(first.count(), thread, count), part(first.count(), thread + 1, count)};
     Share share2 = {0, p.B, part(second.count(), thread, count), part(second.count(), thread + 1, count)};
     if (apart) share = {b0, b1, 0, first.count()}, share2 = {b0, b1, 0, second.count()};
@@ -78,16 +79,16 @@ class Forward {
         product<false>(first, t, share, local);
       }
       if constexpr (BEFORE) {
-        if (!apart) barrier();
+        if (!apart) member.meet();
         product<true>(second, t, share2, local);
       }
       if (by_rows) {
-        if (!apart) barrier();
+        if (!apart) member.meet();
         for (int64_t b = b0; b < b1; ++b) {
           if (t < steps_of(p, b)) whole_row(t, b, local);
         }
       }
-      if (!apart) barrier();
+      if (!apart) member.meet();
     }
   }
 

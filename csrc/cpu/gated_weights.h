@@ -45,11 +45,12 @@ class WeightProduct {
         left(memory.template take<Bits>(threads * grad_parts)) {}
 
   void run() {
-    on_threads(threads, [this](int64_t thread, int64_t count) { run(thread, count); });
+    on_threads(threads, [this](const Member& member) { run(member); });
   }
 
  private:
-  void run(int64_t thread, int64_t count) {
+  void run(const Member& member) {
+    const int64_t thread = member.thread, count = member.threads;
     // Threads meet on multiples of a line.
     const int64_t lines = ceil_div(M, 16);
     const int64_t m0 = least(M, 16 * part(lines, thread, count)), m1 = least(M, 16 * part(lines, thread + 1, count));
@@ -71,7 +72,7 @@ class WeightProduct {
           pack_states(block, K, i, panel);
           parts_of_states[turn + i] = tiles ? split_states(panel, K, parts + (turn + i) * state_parts) : 0;
         }
-        barrier();
+        member.meet();
       }
       for (int64_t m = m0; m < m1; m += CHUNK) {
         multiply(block, K, turn, m, least(CHUNK, m1 - m), first, thread);

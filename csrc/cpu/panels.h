@@ -157,20 +157,20 @@ struct SeenByAll {
 // Packs the weights of a kernel's products, by all threads: as floats where a weight of them has no parts. All threads
 // are to meet before the first product.
 template <class R, class... P>
-void pack(int64_t thread, int64_t threads, SeenByAll& seen, const R* zeros, P&... panels) {
+void pack(const Member& member, SeenByAll& seen, const R* zeros, P&... panels) {
   int parts = 1;
-  ((parts = parts_of_both(parts, panels.pack(thread, threads, zeros))), ...);
+  ((parts = parts_of_both(parts, panels.pack(member.thread, member.threads, zeros))), ...);
   if (!(panels.tiles || ...)) return;
   if (parts == 0) seen.large = true;
   if (parts > 1) seen.second = true;
-  barrier();
+  member.meet();
   if (!seen.large) {
-    if (thread == 0) ((panels.parts = seen.second ? PARTS : 1), ...);
+    if (member.thread == 0) ((panels.parts = seen.second ? PARTS : 1), ...);
     return;
   }
-  if (thread == 0) ((panels.tiles = false), ...);
-  barrier();
-  (panels.pack(thread, threads, zeros), ...);
+  if (member.thread == 0) ((panels.tiles = false), ...);
+  member.meet();
+  (panels.pack(member.thread, member.threads, zeros), ...);
 }
 
 }  // namespace

@@ -345,7 +345,8 @@ void on_workers(const Plan<R>& plan, int64_t bytes, int64_t tasks, Rest... rest)
   const int64_t threads = least(plan.threads, tasks);
   Workspace memory(threads * bytes);
   char* const start = memory.take<char>(threads * bytes);
-  on_threads(int(threads), [&](int64_t thread, int64_t count) {
+  on_threads(int(threads), [&](const Member& member) {
+    const int64_t thread = member.thread, count = member.threads;
     Workspace mine(start + thread * bytes);
     Worker worker(plan, mine, rest...);
     for (int64_t i = part(tasks, thread, count); i < part(tasks, thread + 1, count); ++i) worker.run(i);

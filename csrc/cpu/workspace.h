@@ -5,7 +5,9 @@
 #include <omp.h>
 #endif
 
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <new>
 
 namespace recattn {
@@ -38,24 +40,67 @@ class Workspace {
   char *memory, *next;
 };
 
-// Calls f(thread, threads) on every thread.
+// Where threads meet, again and again. OpenMP's own barrier may spin for milliseconds: where other programs run too, on
+// the very core that the thread it waits for has to be given.
+class Meeting {
+ public:
+  void meet(int64_t threads) {
+    const int now = met.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived.store(0, std::memory_order_relaxed);
+      met.store(now + 1, std::memory_order_release);
+      met.notify_all();
+      return;
+    }
+    static const int spins = spins_wanted();
+    for (int i = 0; i < spins && met.load(std::memory_order_acquire) == now; ++i) pause();
+    met.wait(now, std::memory_order_acquire);
+  }
+
+ private:
+  // Some 400 us: longer than most steps, shorter than what a scheduler gives. OpenMP's users say that none are wanted by
+  // OMP_WAIT_POLICY.
+  static int spins_wanted() {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return policy && (policy[0] == 'p' || policy[0] == 'P') ? 0 : 10000;
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  alignas(64) std::atomic<int> arrived = 0;
+  alignas(64) std::atomic<int> met = 0;  // how often
+};
+
+// One of the threads that run a function together.
+struct Member {
+  int64_t thread, threads;
+  Meeting* meeting;
+
+  // Until all have come here as often as this one has.
+  void meet() const {
+    if (threads > 1) meeting->meet(threads);
+  }
+};
+
+// Calls f(member) on every thread.
 template <class F>
 void on_threads(int threads, F f) {
 #ifdef _OPENMP
   if (threads > 1) {
+    Meeting meeting;
 #pragma omp parallel num_threads(threads)
-    f(int64_t(omp_get_thread_num()), int64_t(omp_get_num_threads()));
+    f(Member{omp_get_thread_num(), omp_get_num_threads(), &meeting});
     return;
   }
 #endif
   (void)threads;
-  f(int64_t(0), int64_t(1));
-}
-
-[[maybe_unused]] inline void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+  f(Member{0, 1, nullptr});
 }
 
 }  // namespace

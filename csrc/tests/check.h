@@ -27,6 +27,7 @@ int test_additive(const std::vector<Isa>& isas);
 int test_slot_attention(const std::vector<Isa>& isas);
 int test_slot_update(const std::vector<Isa>& isas);
 int test_glimpse(const std::vector<Isa>& isas);
+int test_workspace(const std::vector<Isa>& isas);
 
 namespace {
 

@@ -53,7 +53,7 @@ int main(int count, char** names) {
     int (*run)(const std::vector<Isa>& isas);
   } tests[] = {{"cells", test_cells}, {"indrnn", test_indrnn}, {"gemm", test_gemm}, {"gated", test_gated},
                {"additive", test_additive}, {"slot_attention", test_slot_attention}, {"slot_update", test_slot_update},
-               {"glimpse", test_glimpse}};
+               {"glimpse", test_glimpse}, {"workspace", test_workspace}};
   std::vector<Isa> isas;
   for (const Isa& isa : table) {
     if (isa.supported) {
