@@ -23,7 +23,7 @@ help:
 	@echo "make test-csrc  the C++ of csrc alone, under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-cuda  the CUDA kernels, emulated on the CPU, under AddressSanitizer (g++ on Linux)"
 	@echo "make lint       ruff and mypy"
-	@echo "make aot        every Triton kernel compiled for every GPU architecture, without a GPU"
+	@echo "make aot        every Triton and CUDA kernel compiled for every GPU architecture, without a GPU"
 	@echo "make docs       the tables of README.md from what the package says of itself and from benchmarks/results"
 	@echo "make demo       the adding problem, small"
 	@echo "make gpu        gpu-test, gpu-check and gpu-bench, with the current python3 on an NVIDIA GPU; results in OUT=$(OUT)"
