@@ -54,9 +54,17 @@ __device__ inline char* of_cluster(char* own, int rank) {
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 #else
-__device__ inline char* of_cluster(char*, int) { __trap(); }
-__device__ inline void cluster_arrive() { __trap(); }
-__device__ inline void cluster_wait() { __trap(); }
+// What would follow is not compiled.
+__device__ inline void no_cluster() {
+  __trap();
+  __builtin_unreachable();
+}
+__device__ inline char* of_cluster(char* own, int) {
+  no_cluster();
+  return own;
+}
+__device__ inline void cluster_arrive() { no_cluster(); }
+__device__ inline void cluster_wait() { no_cluster(); }
 #endif
 
 // sum (16 x 8) += A (16 x K) B (K x 8) by a warp, K being 32 bytes. With row = lane / 4 and column = lane % 4 a lane
