@@ -25,9 +25,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--aot-full", action="store_true", help="compile every Triton kernel for every architecture, not a selection"
-    )
+    parser.addoption("--aot-full", action="store_true", help="every GPU kernel for every architecture, not a selection")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
