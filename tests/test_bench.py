@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recattn_kernels import backends, cli, registry
-from recattn_kernels.bench import peers, report, runner, timing
+from recattn_kernels.bench import environment, peers, report, runner, timing
 from recattn_kernels.ops.indrnn import cpp
 from recattn_kernels.spec import Sweep, Workload, tensors
 
@@ -104,6 +104,22 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert table == report.bench_markdown([{key: result[key] for key in ("environment", "rows")}])
     assert "| workload | pass | `cpp` | `reference` | `relu` |" in table
     assert "| indrnn tiny, float32 | fwd+bwd |" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),  # of a virtual machine, whatever the processor
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_results_are_of_one_processor(tmp_path: Path, name: str, expected: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    one = f"processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {name}\n"
+    cpuinfo.write_text(one + "flags\t\t: fpu vme\n\n" + one.replace("processor\t: 0", "processor\t: 1"))
+    assert environment.cpu_model(cpuinfo) == expected
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 48.00\n")  # arm64 names no model
+    assert environment.cpu_model(cpuinfo) == environment.cpu_model(tmp_path / "none")
 
 
 @pytest.mark.usefixtures("tiny")

@@ -24,14 +24,17 @@ def _output(*command: str) -> str:
         return ""
 
 
-def cpu_model() -> str:
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name; where it has no number, as in many virtual machines, with its family and model."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if name := facts.get("model name"):
+        family, model = facts.get("cpu family"), facts.get("model")
+        numbered = any(c.isdigit() for c in name) or not (family and model)
+        return name if numbered else f"{name} (family {family}, model {model})"
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
 
 
