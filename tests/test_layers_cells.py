@@ -98,6 +98,24 @@ def test_steps_agree_with_the_layer(name: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
+@pytest.mark.parametrize("name", [*CELLS, "IndRNNCell"])
+def test_reset_zeroes_a_rows_states_before_the_step(name: str, backend: str) -> None:
+    cell = getattr(rk, name)(D, H, dtype=torch.float64, backend=backend)
+    x, reset = torch.randn(3, D, dtype=torch.float64), torch.tensor([True, False, True])
+    hx = make_state(name, (3,), torch.Generator().manual_seed(1))
+    zeroed = tuple(torch.where(reset[:, None], 0.0, s) for s in flat(hx))
+    inputs = [*cell.parameters(), *flat(hx)]
+    found = results_and_grads(cell(x, hx, reset=reset), inputs)
+    expected = results_and_grads(cell(x, zeroed if name == "LSTMCell" else zeroed[0]), inputs)
+    torch.testing.assert_close(found, expected)
+    first = tuple(s[0] for s in flat(hx))
+    unbatched = cell(x[0], first if name == "LSTMCell" else first[0], reset=torch.tensor(True))
+    torch.testing.assert_close(flat(unbatched), tuple(s[0] for s in flat(expected[0])))
+    with pytest.raises(ValueError, match=rf"^{name}: reset must be \(B,\) = \(3,\), got \(2,\)$"):
+        cell(x, reset=reset[:2])
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrent_dropout_draws_a_mask_a_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CELLS[name](D, H, recurrent_dropout=0.5)
@@ -146,6 +164,8 @@ def test_backends() -> None:
             BackendUnavailableError, match=f"^{name[:-4].lower()}: backend 'cuda' cannot run this call: "
         ):
             cls(D, H, backend="cuda")(x)
+        with pytest.raises(BackendUnavailableError, match=f"^{name}: backend 'vendor' .*: torch.nn has no reset$"):
+            cls(D, H, backend="vendor")(x, reset=torch.zeros(2) > 0)
         cell = cls(D, H, grad_clip=1.0, recurrent_dropout=0.5).eval()
         with torch.no_grad(), use_backend("vendor"):
             expected = cell(x)
@@ -215,6 +235,15 @@ def test_bad_calls(name: str, args: tuple[Any, ...], error: type[Exception], mes
     for backend in ("reference", "vendor"):
         with pytest.raises(error, match=f"^{message}$"):
             CELLS[name](D, H, backend=backend)(*args)
+
+
+@pytest.mark.parametrize("shape", [(D,), (2, D)])
+@pytest.mark.parametrize("backend", ["reference", "vendor", "auto", "cpp"])
+def test_an_unknown_nonlinearity_in_the_words_of_torch(backend: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError) as expected:
+        nn.RNNCell(D, H, nonlinearity="gelu")(Z(shape))
+    with pytest.raises(RuntimeError, match=f"^{re.escape(str(expected.value))}$"):
+        RNNCell(D, H, nonlinearity="gelu", backend=backend)(Z(shape))
 
 
 def test_bad_options() -> None:

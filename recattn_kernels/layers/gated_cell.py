@@ -16,9 +16,9 @@ from recattn_kernels.layers.tracing import Proxy, leaf
 class Cell(Gated, nn.RNNCellBase):
     """What the three cells share: the call."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
-            return leaf(Cell.forward, self, input, hx=hx)
+            return leaf(Cell.forward, self, input, hx=hx, reset=reset)
         name = self._vendor.__name__
         checks.tensor(name, "input", input)
         dim = input.dim()
@@ -29,7 +29,12 @@ class Cell(Gated, nn.RNNCellBase):
         checks.dtype(name, "input", input, accepted_dtypes(input, weight_ih.dtype))
         states = self._states(hx, input)
         B = input.shape[0] if dim == 2 else 1
-        backend = self._backend(input, 1, B, [])
+        if reset is not None:
+            symbols, shape = ("(B,)", (B,)) if dim == 2 else ("()", ())
+            checks.mask(name, "reset", reset, symbols, shape, input, "input")
+        if self._op == "rnn" and self._cell not in ("rnn_tanh", "rnn_relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")  # as torch.nn words it
+        backend = self._backend(input, 1, B, [] if reset is None else ["reset"])
         if backend == "vendor":
             batched = dim == 2 and (states is None or all(s.dim() == 2 for s in states))
             return self._kernel(input, states, weight_ih) if batched else super().forward(input, hx)
@@ -50,7 +55,8 @@ class Cell(Gated, nn.RNNCellBase):
         if dim == 1:
             input = input.unsqueeze(0)
             states = None if states is None else tuple(s.unsqueeze(0) for s in states)
-        _, last = self._recurrence(input.unsqueeze(0), "", states, backend)
+        reset = None if reset is None else reset.reshape(1, B)
+        _, last = self._recurrence(input.unsqueeze(0), "", states, backend, reset=reset)
         if dim == 1:
             last = tuple(s.squeeze(0) for s in last)
         return last if self._op == "lstm" else last[0]
@@ -74,9 +80,9 @@ class RNNCell(Cell, nn.RNNCell):
     torch.nn.RNNCell's, and an RNNCell is a torch.nn.RNNCell. The options layer_norm, zoneout, recurrent_dropout,
     grad_clip and backend are those of :class:`recattn_kernels.RNN`, by keyword alone, and so are the errors. The
     parameters of layer_norm are ln_ih_weight, ln_ih_bias, ln_hh_weight and ln_hh_bias. recurrent_dropout draws a mask a
-    call, which in a cell is a step.
+    call, which in a cell is a step. reset, by keyword, zeroes a row's states before the step is taken.
 
-    Shapes: input (B, D) or (D,); h (B, H) or (H,).
+    Shapes: input (B, D) or (D,); h (B, H) or (H,); reset bool (B,) or ().
 
     Raises: what torch.nn.RNNCell raises where it checks, otherwise what :class:`recattn_kernels.RNN` raises.
 
@@ -100,8 +106,8 @@ class LSTMCell(Cell, nn.LSTMCell):
         h' &= \sigma(o) \odot \tanh(c')
 
     The constructor's arguments, the call, what it returns, the parameters' names and their initialisation are
-    torch.nn.LSTMCell's, and an LSTMCell is a torch.nn.LSTMCell. The options are those of :class:`RNNCell`, layer_norm
-    and zoneout those of :class:`recattn_kernels.LSTM`: ln_c_weight and ln_c_bias, and a pair for h and c.
+    torch.nn.LSTMCell's, and an LSTMCell is a torch.nn.LSTMCell. reset and the options are those of :class:`RNNCell`,
+    layer_norm and zoneout those of :class:`recattn_kernels.LSTM`: ln_c_weight and ln_c_bias, and a pair for h and c.
 
     Shapes: input (B, D) or (D,); h and c (B, H) or (H,).
 
@@ -125,7 +131,7 @@ class GRUCell(Cell, nn.GRUCell):
         h' &= (1 - z) \odot n + z \odot h
 
     The constructor's arguments, the call, what it returns, the parameters' names and their initialisation are
-    torch.nn.GRUCell's, and a GRUCell is a torch.nn.GRUCell. The options are those of :class:`RNNCell`.
+    torch.nn.GRUCell's, and a GRUCell is a torch.nn.GRUCell. reset and the options are those of :class:`RNNCell`.
 
     Shapes: input (B, D) or (D,); h (B, H) or (H,).
 

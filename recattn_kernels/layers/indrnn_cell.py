@@ -66,7 +66,8 @@ class IndRNNCell(nn.Module):
             :class:`IndRNN` for how it is kept.
         backend: auto, reference, cpp, triton or cuda; None takes that of use_backend(), else of RECATTN_BACKEND.
 
-    Inputs: input (B, D), or (D,) unbatched; hx (B, H), or (H,) unbatched, zeros when None.
+    Inputs: input (B, D), or (D,) unbatched; hx (B, H), or (H,) unbatched, zeros when None; by keyword reset, bool (B,),
+        or () unbatched: where True, the row's state is zeroed before the step is taken.
 
     Returns: the next state, (B, H), or (H,) unbatched.
 
@@ -125,9 +126,9 @@ class IndRNNCell(nn.Module):
             self.weight_hh.clamp_(-self.recurrent_max, self.recurrent_max)
         return self
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
-            return leaf(IndRNNCell.forward, self, input, hx=hx)
+            return leaf(IndRNNCell.forward, self, input, hx=hx, reset=reset)
         checks.tensor("IndRNNCell", "input", input)
         if input.dim() not in (1, 2):
             raise ValueError(f"IndRNNCell: input must be (B, D) or (D,), got {tuple(input.shape)}")
@@ -136,6 +137,9 @@ class IndRNNCell(nn.Module):
         if hx is not None:
             expected = (*input.shape[:-1], self.hidden_size)
             check_state("IndRNNCell", "hx", hx, "(B, H)" if batched else "(H,)", expected, input, self.weight_ih)
+        if reset is not None:
+            rows = tuple(input.shape[:-1])
+            checks.mask("IndRNNCell", "reset", reset, "(B,)" if batched else "()", rows, input, "input")
         backend = backends.requested("IndRNNCell", self.backend)
         x = project(input, self.weight_ih, None, backend)
         _, h = indrnn(
@@ -144,6 +148,7 @@ class IndRNNCell(nn.Module):
             hx if hx is None or batched else hx.unsqueeze(0),
             activation=self.nonlinearity,
             bias=self.bias,
+            reset=None if reset is None else reset.reshape(1, -1),
             backend=backend,
         )
         return h if batched else h.squeeze(0)
