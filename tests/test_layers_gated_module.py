@@ -12,6 +12,7 @@ import torch
 from test_layers_cells import CELLS
 from test_layers_gated import LAYERS, D, H, flat, loss_of, make_states, results_and_grads
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from recattn_kernels import GRU, RNN, use_backend
 
@@ -150,6 +151,10 @@ def test_autocast_gives_torchs_dtypes(cls: Any, dtype: torch.dtype, state_dtype:
         hx = (state, state) if state is not None and "LSTM" in cls.__name__ else state
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
             found, expected = flat(layer(x, hx)), flat(theirs(x, hx))
+            if not of_cell:
+                packed = pack_padded_sequence(x, [T, T - 1, 1])
+                found += flat(layer(packed, hx)[0].data) + flat(layer(packed, hx)[1])
+                expected += flat(theirs(packed, hx)[0].data) + flat(theirs(packed, hx)[1])
         assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 

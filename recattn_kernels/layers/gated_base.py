@@ -266,7 +266,9 @@ class Gated(nn.Module):
         else:
             x = project(x, parameter("weight_ih"), b_ih, backend)
         if autocasts(x):
-            if self._promotes and x.device.type == "cpu" and x.dtype != (source if states is None else states[0].dtype):
+            # torch.nn's generic loop, which takes a packed LSTM too.
+            promotes = self._promotes or (self._op == "lstm" and isinstance(batch, Packed))
+            if promotes and x.device.type == "cpu" and x.dtype != (source if states is None else states[0].dtype):
                 x = x.float()
             if states is not None:
                 states = tuple(s.to(x.dtype) for s in states)
