@@ -8,6 +8,7 @@ A wrong type or dtype is a TypeError, everything else a ValueError.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -106,6 +107,11 @@ def finite_positive(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be finite, got {value!r}")
 
 
+def whole(value: Any) -> bool:
+    """Whether value is an int, one of numpy's, or one that an export keeps symbolic."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+
+
 def count(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
@@ -137,7 +143,7 @@ def mask(op: str, name: str, value: Any, symbols: str, expected: tuple[int, ...]
 def lengths(op: str, value: Any, batch: int, steps: int, x: Tensor, beside: str = "x") -> Tensor:
     """Lengths as an int64 tensor (B,). A list or a CPU tensor is checked; a CUDA tensor is not read by the host."""
     if isinstance(value, (list, tuple)):
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        if not all(map(whole, value)):
             raise TypeError(f"{op}: lengths must be a list of ints or an int64 Tensor, got {value!r}")
         for n in value:
             if abs(n) >= 2**63:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,8 @@ def test_a_row_without_steps_keeps_its_state(name: str, backend: str) -> None:
     x, weight = arguments(name)
     h, c = torch.randn(B, H, dtype=torch.float64), torch.randn(B, H, dtype=torch.float64)
     h.requires_grad_()
-    output, state = function(x, weight, lengths=[2, 0, 7, 1], backend=backend, **given(name, h, c))
+    lengths = list(np.array([2, 0, 7, 1]))  # numpy's integers, as a loader may have them
+    output, state = function(x, weight, lengths=lengths, backend=backend, **given(name, h, c))
     assert not output[:, 1].any()
     assert torch.equal(tensors(state)[0][1], h[1])
     (grad,) = torch.autograd.grad(tensors(state)[0][1].sum(), h)

@@ -290,6 +290,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"zoom": 0.0}, ValueError, "glimpse: zoom must be positive, got 0.0"),
     ({"zoom": float("inf")}, ValueError, "glimpse: zoom must be finite, got inf"),
     ({"zoom": torch.ones(3)}, ValueError, "glimpse: zoom must be (B,) = (2,), got (3,)"),
+    ({"zoom": torch.ones(())}, ValueError, "glimpse: zoom must be (B,), got ()"),
     ({"zoom": torch.ones(2, 3)}, ValueError, "glimpse: zoom must be (B, G) = (2, 1), got (2, 3)"),
     ({"zoom": torch.ones(2).double()}, TypeError, "glimpse: zoom must be float32, got float64"),
     ({"zoom": torch.ones(2).to_sparse()}, TypeError, "glimpse: zoom must be a dense Tensor"),

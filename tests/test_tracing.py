@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from test_citizenship import FULL, OP, AsFunction, arguments
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from recattn_kernels import backends
+from recattn_kernels import backends, glimpse, gru, indrnn, lstm, rnn
 from recattn_kernels.spec import OpSpec, Sample, tensors
 
 
@@ -51,6 +52,21 @@ def test_compile_fullgraph(spec: OpSpec, sample: Sample) -> None:
         torch.autograd.grad(sum(o.sum() for o in outputs), function.inputs),
         torch.autograd.grad(sum(o.sum() for o in expected), function.inputs),
     )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("op", "gates"), [(indrnn, 0), (rnn, 1), (gru, 3), (lstm, 4)])
+def test_compile_of_a_reference_that_clips(op: Callable[..., Any], gates: int) -> None:
+    x = torch.randn(3, 2, 5 * max(gates, 1), requires_grad=True)
+    weight = torch.randn(5 * gates, 5) if gates else torch.rand(5)
+
+    def call(x: Tensor) -> Tensor:
+        output: Tensor = op(x, weight, grad_clip=0.1, backend="reference")[0]
+        return output
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(x).sum(), x) for f in (compiled, call))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -117,6 +133,25 @@ def test_exported_program_trains(spec: OpSpec) -> None:
     for (name, p), q in zip(module.named_parameters(), exported.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=name)
         p.grad = q.grad = None
+
+
+class OfItsInputsSizes(torch.nn.Module):
+    def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        glimpses = glimpse(image, image.new_zeros(2, 2), image.shape[-1] // 2)
+        return glimpses, rnn(x, x.new_ones(5, 5), lengths=[x.shape[0], 2])[0]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_sizes_that_change(strict: bool) -> None:
+    def inputs(width: int, T: int) -> tuple[Tensor, ...]:
+        return torch.rand(2, 1, 9, width), torch.randn(T, 2, 5)
+
+    width, T = (torch.export.Dim(name, min=4, max=64) for name in ("width", "T"))
+    model = OfItsInputsSizes()
+    exported = torch.export.export(model, inputs(10, 6), dynamic_shapes=({3: width}, {0: T}), strict=strict).module()
+    others = inputs(14, 8)
+    torch.testing.assert_close(exported(*others), model(*others))
 
 
 class Subclass(torch.Tensor):

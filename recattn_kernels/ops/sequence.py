@@ -19,8 +19,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 class ClipGradient(torch.autograd.Function):
     """Forward: the identity. Backward: the gradient clamped to [-limit, limit]."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(h: Tensor, limit: float) -> Tensor:
         return h.clone()  # not a view: what follows may be modified in place
@@ -32,6 +30,12 @@ class ClipGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.clamp(-ctx.limit, ctx.limit), None
+
+
+class TransformedClipGradient(ClipGradient):
+    """The same under vmap and forward-mode AD. torch.compile takes no Function that has a jvp of its own."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -112,6 +116,7 @@ def walk(
         proceeds = [~r if p is None else p & ~r for p, r in zip(proceeds, resets, strict=True)]
     keeps = [None if mask is None else mask.unbind(time) for mask in keep]
 
+    clip: type[ClipGradient] = ClipGradient if torch.compiler.is_compiling() else TransformedClipGradient
     x_steps = x.unbind(time)
     outputs: list[Tensor] = [states[0]] * T
     for t in range(T - 1, -1, -1) if reverse else range(T):
@@ -125,7 +130,7 @@ def walk(
             mixed_ = zip(keeps, old, new, strict=True)
             new = tuple(n if masks is None else torch.where(masks[t], o, n) for masks, o, n in mixed_)
         if grad_clip is not None:
-            new = tuple(ClipGradient.apply(n, grad_clip) for n in new)  # type: ignore[no-untyped-call]
+            new = tuple(clip.apply(n, grad_clip) for n in new)  # type: ignore[no-untyped-call]
         outputs[t] = new[0] if valid is None else torch.where(valid[t], new[0], 0.0)
         states = new if valid is None else tuple(torch.where(valid[t], n, s) for n, s in zip(new, states, strict=True))
     return torch.stack(outputs, time), states

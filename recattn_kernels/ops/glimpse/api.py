@@ -36,11 +36,12 @@ OPERATOR = Operator(
 
 def _size(value: Any) -> tuple[int, int]:
     sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in sides):
+    if len(sides) != 2 or not all(map(checks.whole, sides)):
         raise TypeError(f"glimpse: size must be an int or a pair of ints (gh, gw), got {value!r}")
     if min(sides) <= 0:
         raise ValueError(f"glimpse: size must be positive, got {value!r}")
-    return sides[0], sides[1]
+    height, width = (n if isinstance(n, torch.SymInt) else int(n) for n in sides)
+    return height, width  # type: ignore[return-value]  # of an export, what stands for an int
 
 
 def _zoom(zoom: Any, loc: Tensor) -> tuple[float, Tensor | None]:
@@ -50,7 +51,8 @@ def _zoom(zoom: Any, loc: Tensor) -> tuple[float, Tensor | None]:
         return float(zoom), None
     checks.tensor("glimpse", "zoom", zoom)
     B, G = loc.shape[:2]
-    if zoom.dim() == 1:
+    if zoom.dim() < 2:
+        checks.rank("glimpse", "zoom", zoom, "(B,)")
         checks.shape("glimpse", "zoom", zoom, "(B,)", (B,))
     else:
         checks.rank("glimpse", "zoom", zoom, "(B, G)")
