@@ -8,7 +8,7 @@ A wrong type or dtype is a TypeError, everything else a ValueError.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -88,8 +88,13 @@ def flag(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
 
 
+def real(value: Any) -> bool:
+    """Whether value is a number, one of numpy's, or one that an export keeps symbolic."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)) and not isinstance(value, bool)
+
+
 def positive(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not real(value):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not value > 0:  # NaN too
         raise ValueError(f"{op}: {name} must be positive, got {value!r}")
@@ -120,7 +125,7 @@ def count(op: str, name: str, value: Any) -> None:
 
 
 def number(op: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not real(value):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if value != value:  # not math.isnan, which torch.compile cannot trace on a symbolic number
         raise ValueError(f"{op}: {name} must not be NaN")

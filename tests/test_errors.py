@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from recattn_kernels import BackendUnavailableError, backends, explain, indrnn, use_backend
+from recattn_kernels import BackendUnavailableError, backends, explain, glimpse, indrnn, slot_attention, use_backend
 
 X, U = torch.randn(4, 3, 5), torch.rand(5)
 CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -89,6 +91,21 @@ def test_bad_argument(change: dict[str, Any], error: type[Exception], message: s
     arguments = {"x": X, "weight_hh": U, **change}
     with pytest.raises(error, match="^" + re.escape(message)):
         indrnn(arguments.pop("x"), arguments.pop("weight_hh"), **arguments)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
+def test_numpys_numbers_are_numbers(number: Callable[[int], Any]) -> None:
+    x, weight = torch.randn(3, 2, 5, requires_grad=True), torch.rand(5)
+    slope = {"activation": "leaky_relu", "negative_slope": number(1)}
+    torch.testing.assert_close(
+        indrnn(x, weight, grad_clip=number(2), **slope), indrnn(x, weight, activation="identity")
+    )
+    q, k, image = torch.randn(2, 3, 4), torch.randn(2, 6, 4), torch.rand(2, 1, 9, 9)
+    found, expected = (
+        (slot_attention(q, k, scale=one, eps=one), glimpse(image, torch.zeros(2, 2), 4, zoom=one))
+        for one in (number(1), 1.0)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_negative_slope_falls_to_the_reference() -> None:
