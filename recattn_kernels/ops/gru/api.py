@@ -76,7 +76,7 @@ def gru(
         reverse: takes each row's valid steps from last to first; output[t] stays at x[t].
         batch_first: x, reset, zoneout_mask and output are (B, T, ...). Nothing is copied.
         grad_clip: in the backward, dL/dh_t is clamped to [-grad_clip, grad_clip] once the gradient of output[t] and
-            that from the later steps have been added.
+            that from the later steps have been added. Second derivatives are exact where nothing is clipped.
         zoneout: the probability z that a unit keeps its old state in a step (Krueger et al. 2016), in training; else
             the new state is z * old + (1 - z) * new.
         zoneout_mask: bool (T, B, H), as x under batch_first: True where a unit keeps its old state, instead of a drawn

@@ -145,7 +145,7 @@ def indrnn(
         reverse: takes each row's valid steps from last to first; output[t] stays at x[t].
         batch_first: x, reset and output are (B, T, ...). Nothing is copied.
         grad_clip: in the backward, dL/dh_t is clamped to [-grad_clip, grad_clip] once the gradient of output[t] and
-            that from the later steps have been added.
+            that from the later steps have been added. Second derivatives are exact where nothing is clipped.
         algorithm: "sequential" walks over time. "scan" takes chunks of time in parallel, to the same results within
             rounding: in the forward of relu, relu6, hardtanh and identity, and in the backward of every activation;
             the forward of the others is walked, and so are chunks that NaN, infinity or an overflow reaches. It is for

@@ -68,6 +68,7 @@ def lstm(
         batch_first: x, reset, zoneout_mask and output are (B, T, ...). Nothing is copied.
         grad_clip: in the backward, dL/dh_t is clamped to [-grad_clip, grad_clip] once the gradient of output[t] and
             that from the later steps have been added, and dL/dc_t as it comes from the later steps, before h_t's share.
+            Second derivatives are exact where nothing is clipped.
         zoneout: the probability z that a unit keeps its old h in a step (Krueger et al. 2016), or a pair of them for h
             and c, in training; else the new state is z * old + (1 - z) * new. The new h is that of c_t before zoneout.
         zoneout_mask: (h, c), each bool (T, B, H), as x under batch_first, or None: True where a unit keeps its old
