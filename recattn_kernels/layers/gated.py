@@ -201,11 +201,10 @@ class RNN(Layer, nn.RNN):
 
     Returns: output and h_n, as torch.nn.RNN.
 
-    Under autocast the results have the dtypes of torch.nn's: 16 bits, but float32 in a GRU
-    and a packed LSTM on a CPU. Inside a function
-    given to torch.compile, every torch.nn.RNN breaks the graph unless torch._dynamo.config.allow_rnn is set, and so
-    this one. To torch.fx.symbolic_trace it is one node, as torch.nn.RNN; with hooks, or where a class derived from it
-    has its own forward, only by a Tracer whose is_leaf_module says so.
+    Under autocast the results have the dtypes of torch.nn's: 16 bits, but float32 in a GRU and a packed LSTM on a CPU.
+    Inside a function given to torch.compile, every torch.nn.RNN breaks the graph unless torch._dynamo.config.allow_rnn
+    is set, and so this one. To torch.fx.symbolic_trace it is one node, as torch.nn.RNN; with hooks, or where a class
+    derived from it has its own forward, only by a Tracer whose is_leaf_module says so.
 
     Raises:
         What torch.nn.RNN raises where it checks; ValueError, TypeError otherwise, naming the argument.
