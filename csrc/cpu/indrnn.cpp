@@ -53,9 +53,10 @@ bool streams(const Indrnn& p, const Sequence& to) {
   return p.T * p.B * p.H * element >= STREAM_FROM && whole_lines(to.data, (to.stride_t | to.stride_b | p.H) * element);
 }
 
-// Asks for n elements of a row that is to be read, or written, soon. Beyond the end of memory it does nothing.
+// Asks for n elements of a row that is to be read, or written, soon. Beyond the end of memory it does nothing. GCC takes a
+// function that only asks for one without effect and drops its calls, unless it has to inline it.
 template <int WRITE, class S>
-void fetch(const S* from, int64_t n) {
+RECATTN_FN void fetch(const S* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(from + i, WRITE);
 }
 
