@@ -168,7 +168,6 @@ class Backward {
       if (n == 0) continue;
       local.sweep.start(share.panel0, share.panel1);
       for (int64_t i; (i = local.sweep.next()) >= 0;) {
-        for (int64_t r = 0; r < n && !by_rows && WHICH == Phase::later; ++r) ask_for(t, b_of[r], i);
         weights.product(rows, i, i + 1, result, Weights::WIDTH, LANES<R>, nothing);
         for (int64_t r = 0; r < n; ++r) finish_panel<WHICH>(t, b_of[r], i, result + r * Weights::WIDTH, local.memory);
       }
@@ -182,19 +181,6 @@ class Backward {
       finish<WHICH>(t, b, j, Weights::UNITS, sum, local);
     } else {
       finish<WHICH>(t, b, j, n, sum, local);
-    }
-  }
-
-  // What this step writes of a row and the next one reads.
-  void ask_for(int64_t t, int64_t b, int64_t i) const {
-    const int64_t j = i * Weights::UNITS, n = least(Weights::UNITS, p.H - j), after = p.reverse ? t + 1 : t - 1;
-    const int64_t next = after >= 0 && after < p.T ? after : t;  // starts[] has no other
-    for (int g = 0; g < KEPT && p.gates; ++g) fetch(kept(p.gates, KEPT, next, b) + g * p.H + j, n * sizeof(R));
-    if (LSTM) fetch(kept(p.cells, 1, next, b) + j, n * sizeof(R));
-    if (p.grad_output.data) fetch(place(p, p.grad_output, next, b, j), n * size_of(p.dtype));
-    for (int g = 0; g < G; ++g) {
-      fetch<1>(dq(t, b) + g * p.H + j, n * sizeof(R));
-      if (p.grad_q) fetch<1>(place(p, p.grad_x, t, b, g * p.H + j), n * size_of(p.dtype));
     }
   }
 
